@@ -1,0 +1,983 @@
+"""Train and evaluate an image classifier on CIFAR-10, or on any folder of class folders: the loop of both scripts.
+
+A script hands over a name, a function that builds its network, and that function's arguments as plain values:
+
+    common.main("baseline", MobileNetV4, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1)
+
+The file reads in the order in which data flows: configuration, device, data, augmentation, summary, optimizer,
+training, evaluation, checkpoint, run. Everything random is a function of (seed, epoch) and the learning rate is a
+function of the step, so a run that was interrupted continues as if nothing had happened.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import ctypes
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import center_crop, resize
+from tqdm import tqdm
+
+try:
+    import fcntl  # POSIX only; elsewhere nothing is locked
+except ImportError:
+    fcntl = None
+
+FORMAT = 1  # of the checkpoint; raised when an older program could misread it
+
+
+class RunError(Exception):
+    """An expected failure, told to the user in one line."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class Number:
+    """Reads a finite number from `low` to `high` from a command line."""
+
+    kind: type
+    low: float
+    high: float
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not self.low <= value <= self.high:
+            kind = "a whole number" if self.kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"expected {kind} from {self.low:g} to {self.high:g}, got {text!r}")
+        return value
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
+
+
+def setting(default: Any, help: str, parse: Callable[[str], Any] | Sequence[str] | None = None) -> Any:
+    """A field of the configuration; `parse` reads it from the command line, or lists the choices."""
+    return field(default=default, metadata={"help": help, "parse": parse})
+
+
+COUNT, FRACTION = Number(int, 1, 1e6), Number(float, 0, 0.999)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the weights that come out: saved in the checkpoint and compared when a run continues."""
+
+    epochs: int = setting(30, "passes over the training images", COUNT)
+    batch_size: int = setting(128, "images per step", Number(int, 2, 1e6))
+    learning_rate: float = setting(0.02, "peak rate of Muon, for dense and 1x1 convolutions", Number(float, 0, 1e30))
+    adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", Number(float, 0, 1e30))
+    warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", FRACTION)
+    momentum: float = setting(0.95, "momentum of Muon", FRACTION)
+    weight_decay: float = setting(0.05, "decay of matrices, per step times the rate", Number(float, 0, 100))
+    label_smoothing: float = setting(0.1, "probability spread over all classes", FRACTION)
+    clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", Number(float, 0, 1e30))
+    average: float = setting(0.02, "memory of the averaged weights, as a part of all steps", FRACTION)
+    crop_padding: int = setting(4, "pixels by which training images are shifted at most", Number(int, 0, 16))
+    cutout: int = setting(0, "side in pixels of a square hidden in training images", Number(int, 0, 224))
+    image_size: int = setting(32, "side in pixels to which class-folder images are brought", Number(int, 16, 512))
+    holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", Number(int, 0, 1e6))
+    seed: int = setting(0, "of everything random", Number(int, 0, 2**32 - 1))
+    precision: str = setting("auto", "bf16 or fp32; auto: what is faster here", ("auto", "bf16", "fp32"))
+    compile: str = setting("auto", "compile the network; auto: where that pays back", ("auto", "on", "off"))
+
+
+@dataclass(frozen=True)
+class Config(Recipe):
+    """A run: the recipe, and places and actions, which do not change what comes out."""
+
+    data_dir: Path = setting(Path("data"), "CIFAR-10, or train/ and test/ with a folder for each class", folder)
+    data_url: str = setting(CIFAR10.url, "where CIFAR-10 is downloaded from; its MD5 decides")
+    output_dir: Path | None = setting(None, "where the run is kept (default: runs/<variant>)", folder)
+    device: str = setting("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
+    threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", Number(int, 0, 1024))
+    synthetic: bool = setting(False, "train on made-up images, to try the installation")
+    fresh: bool = setting(False, "start over, replacing the run that is there")
+    evaluate: bool = setting(False, "evaluate the run's checkpoint and stop")
+    summary: bool = setting(False, "print the network's table and stop")
+
+    def recipe(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(Recipe)}
+
+
+def parse_command_line(name: str) -> Config:
+    """Make the flags from the fields of Config and read them; a bad one ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        description=f"Train the {name} network on CIFAR-10 or on class folders; the same command continues the run.",
+        epilog="example: %(prog)s --epochs 10 --data-dir pictures --output-dir runs/pictures",
+    )
+    recipe = parser.add_argument_group("recipe: decides the weights that come out")
+    others = parser.add_argument_group("places and actions")
+    recipe_names = {item.name for item in fields(Recipe)}
+    for item in fields(Config):
+        group = recipe if item.name in recipe_names else others
+        flag, parse = "--" + item.name.replace("_", "-"), item.metadata["parse"]
+        text = item.metadata["help"] + ("" if item.default in (None, False) else " (default: %(default)s)")
+        if isinstance(item.default, bool):
+            group.add_argument(flag, action="store_true", help=text)
+        elif isinstance(parse, tuple):
+            group.add_argument(flag, choices=parse, default=item.default, help=text)
+        else:
+            kind = {folder: "DIR", None: "URL"}.get(parse, "N")
+            group.add_argument(flag, type=parse, default=item.default, metavar=kind, help=text)
+    config = Config(**vars(parser.parse_args()))
+    return config if config.output_dir else replace(config, output_dir=Path("runs", name))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Device
+
+
+def keep_freed_memory() -> None:
+    """Make Linux keep freed memory in the process, in huge pages; must come before the first tensor.
+
+    Otherwise each activation of tens of megabytes goes back to the kernel and is faulted in again, page by page, at
+    every step. Elsewhere this does nothing.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first allocation
+        m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h; another C library may have no mallopt
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, -1)
+
+
+def pick_device(requested: str, threads: int) -> torch.device:
+    """Return the device asked for, or the best there is, with PyTorch set up for it."""
+    found = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if requested not in ("auto", *found):
+        raise RunError(f"--device {requested}: there is none here; this machine has {', '.join(found)}")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # numbers too small for the normal format would be tens of times slower
+    torch.backends.cudnn.deterministic = True
+    return torch.device(found[0] if requested == "auto" else requested)
+
+
+def settle(config: Config, device: torch.device, images: int, saved: dict[str, Any] | None) -> Config:
+    """Replace each `auto` of the recipe, by what the run began with or else by what suits the device.
+
+    Compilation is chosen from the configured total, never from what is left, so that a continued run agrees.
+    """
+    if config.batch_size > images:
+        print(f"notice: --batch-size {config.batch_size} is brought down to the {images} training images")
+        config = replace(config, batch_size=images)
+    fast_bf16 = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes the time of 100,000
+    choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"}
+    auto = {key: (saved or choices)[key] for key in choices if getattr(config, key) == "auto"}
+    return replace(config, **auto)
+
+
+def describe_device(device: torch.device, config: Config) -> str:
+    """One line: which device, why, and how it is used."""
+    reason = "asked for" if config.device != "auto" else "the best found of cuda, mps, cpu"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    compiled = {"on": "compiled", "off": "not compiled"}[config.compile]
+    return f"{device.type} ({reason}), {name}, {torch.get_num_threads()} threads, {config.precision}, {compiled}"
+
+
+def compile_where_possible(function: Callable, config: Config) -> Callable:
+    """Compile `function` if the configuration says so; without a working compiler say it in one line and go on."""
+    if config.compile == "off":
+        return function
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8))
+    except Exception as error:  # whatever is missing: a C++ compiler, its headers, a backend
+        reason = str(error).strip().splitlines()[0]
+        print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({reason})")
+        return function
+    return torch.compile(function, dynamic=False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True)
+class Data:
+    """All images, as uint8 (N, H, W, 3) in 0..255 on the device, with labels int64 (N,)."""
+
+    source: str
+    classes: list[str]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: list[float]  # of the training images, per channel, in 0..1
+    std: list[float]
+    fingerprint: str
+
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8, labels (N,) int64
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    """Load training and test images from class folders, else as CIFAR-10, with everything derived from them."""
+    if config.synthetic:
+        source, classes, train, test = "synthetic images: the accuracy means nothing", *synthetic_images(config)
+    elif any((config.data_dir / split).is_dir() for split in ("train", "test")):
+        source, classes, train, test = f"class folders in {config.data_dir}", *read_folders(config)
+    elif config.image_size != 32:
+        raise RunError(f"--image-size {config.image_size}: CIFAR-10 has 32; other sizes are for class folders")
+    else:
+        source, classes, train, test = f"CIFAR-10 in {config.data_dir}", *read_cifar10(config)
+    if config.holdout:
+        train, test = split_holdout(train, config.holdout, len(classes))
+        source += f", the last {len(test[1])} training images held out"
+    if len(train[1]) < 2:
+        raise RunError(f"{source}: at least 2 training images are needed, got {len(train[1])}")
+    digest = hashlib.sha256(repr(classes).encode())
+    for array in (*train, *test):
+        digest.update(np.ascontiguousarray(array))
+    mean, std = channel_statistics(train[0])
+    tensors = [torch.from_numpy(array).to(device) for array in (*train, *test)]
+    return Data(source, classes, *tensors, mean, std, digest.hexdigest())
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel in 0..1, exactly, from the counts of the 256 values."""
+    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    values, pixels = np.arange(256) / 255, counts[0].sum()
+    mean = counts @ values / pixels
+    std = np.sqrt(counts @ values**2 / pixels - mean**2)
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()
+
+
+def split_holdout(train: Arrays, count: int, classes: int) -> tuple[Arrays, Arrays]:
+    """Take the last count / classes training images of each class away; return (the rest, these), in order."""
+    images, labels = train
+    each, remainder = divmod(count, classes)
+    if remainder or each >= np.bincount(labels, minlength=classes).min():
+        raise RunError(f"--holdout {count}: expected a multiple of {classes} that leaves images of every class")
+    held = np.zeros(len(labels), dtype=bool)
+    for label in range(classes):
+        held[np.flatnonzero(labels == label)[-each:]] = True
+    return (images[~held], labels[~held]), (images[held], labels[held])
+
+
+def synthetic_images(config: Config) -> tuple[list[str], Arrays, Arrays]:
+    """Make noisy images of ten random patterns, one for each class."""
+    generator = np.random.default_rng(0)
+    size = config.image_size
+    patterns = generator.integers(64, 192, (10, size, size, 3))
+
+    def draw(count: int) -> Arrays:
+        labels = np.arange(count) % 10
+        noise = generator.integers(-64, 64, (count, size, size, 3))
+        return (patterns[labels] + noise).astype(np.uint8), labels
+
+    return [f"pattern {label}" for label in range(10)], draw(1280), draw(320)
+
+
+def fit_image(image: Image.Image, size: int) -> Image.Image:
+    """Bring any picture to RGB and `size` x `size` pixels: shorter side to `size`, then the centre.
+
+    This is the one rule for training images, test images and prediction.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = center_crop(resize(image, size), [size, size])
+    return image
+
+
+def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
+    """Decode <data-dir>/train and /test, ordered by (file name, class), or take them from the cache beside them."""
+    root, size = config.data_dir, config.image_size
+    try:
+        train, test = (ImageFolder(str(root / split)) for split in ("train", "test"))
+    except FileNotFoundError as error:  # no train or test, no class, or an empty one
+        raise RunError(f"{root}: {error}") from None
+    if train.classes != test.classes:
+        raise RunError(f"{root}: train has the classes {train.classes}, test has {test.classes}")
+    splits = [sorted(split.samples, key=lambda item: (Path(item[0]).name, item[1])) for split in (train, test)]
+    check_memory(sum(map(len, splits)), size, root)
+    listing = hashlib.sha256(repr((FORMAT, train.classes, size)).encode())
+    for path, label in splits[0] + splits[1]:
+        status = os.stat(path)
+        listing.update(f"{os.path.relpath(path, root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    key, cache = listing.hexdigest(), root / f".cache-{size}px.npz"
+    images = read_cache(cache, key)
+    if images is None:
+        with tqdm(total=sum(map(len, splits)), desc="reading images", unit="", leave=False, disable=None) as bar:
+            images = [decode([path for path, _ in split], size, bar) for split in splits]
+        with contextlib.suppress(OSError), replacing(cache) as file:  # a read-only folder is just slower next time
+            np.savez(file, key=key, train=images[0], test=images[1])
+    labels = [np.array([label for _, label in split], dtype=np.int64) for split in splits]
+    return train.classes, (images[0], labels[0]), (images[1], labels[1])
+
+
+def check_memory(count: int, size: int, root: Path) -> None:
+    """Refuse images that would take more than half of this machine's memory."""
+    needed = count * size * size * 3
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells its memory
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory / 2:
+            raise RunError(
+                f"{root}: {count} images of {size} pixels take {needed / 2**30:.1f} GiB, "
+                f"more than half of this machine's {memory / 2**30:.1f} GiB; a smaller --image-size takes less"
+            )
+
+
+def read_cache(path: Path, key: str) -> list[np.ndarray] | None:
+    """Return the decoded images, or None where there is no cache, or a damaged one, or one of other files."""
+    try:
+        with np.load(path, allow_pickle=False) as cache:  # a zip archive, whose checksums are verified
+            return [cache["train"], cache["test"]] if str(cache["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
+    """Return the pictures as uint8 (N, size, size, 3); one that cannot be read is named."""
+    images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
+    for index, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                images[index] = np.asarray(fit_image(image, size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise RunError(f"{path}: not a readable image ({error})") from None
+        bar.update()
+    return images
+
+
+def read_cifar10(config: Config) -> tuple[list[str], Arrays, Arrays]:
+    """Read the official batches, each after its MD5; fetch them first where one is missing or damaged."""
+    try:
+        splits = [CIFAR10(config.data_dir, train=train) for train in (True, False)]
+    except RuntimeError:
+        fetch_cifar10(config.data_dir, config.data_url)
+        splits = [CIFAR10(config.data_dir, train=train) for train in (True, False)]
+    train, test = ((split.data, np.array(split.targets, dtype=np.int64)) for split in splits)
+    return list(splits[0].classes), train, test
+
+
+def fetch_cifar10(root: Path, url: str) -> None:
+    """Extract the official archive into `root`, downloading it if it is not there. One process at a time does so."""
+    archive = root / CIFAR10.filename
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with exclusive(root / ".download.lock", wait=True):
+            if not check_integrity(archive, CIFAR10.tgz_md5):
+                download(url, archive, CIFAR10.tgz_md5)
+            CIFAR10(root, download=True)  # finds the archive, or what another process has extracted
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RunError(
+            f"CIFAR-10 is not in {root} and cannot be had from {url} ({error}). Ways on: put {CIFAR10.filename} (MD5 "
+            f"{CIFAR10.tgz_md5}) into {root}; name a mirror with --data-url; point --data-dir to a folder with train/ "
+            "and test/ that hold a folder of images for each class; try the installation with --synthetic"
+        ) from None
+
+
+def download(url: str, archive: Path, md5: str) -> None:
+    """Download `url`, continuing what an earlier try left; only a file with this MD5 becomes `archive`.
+
+    Raises:
+        OSError: if a try brings nothing new (30 seconds without a byte end it), or if the MD5 is another.
+    """
+    part = archive.with_name(archive.name + ".part")
+    while not check_integrity(part, md5):
+        size = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+        with contextlib.ExitStack() as stack:
+            response = stack.enter_context(urllib.request.urlopen(request, timeout=30))
+            file = stack.enter_context(open(part, "ab" if response.status == 206 else "wb"))
+            start, length = file.tell(), int(response.headers["Content-Length"] or 0)
+            bar = tqdm(total=start + length, initial=start, desc=f"downloading {url}", unit="B", unit_scale=True)
+            with bar, contextlib.suppress(OSError, http.client.HTTPException):  # cut or stalled: go on from there
+                while block := response.read(1 << 16):
+                    bar.update(file.write(block))
+            end = file.tell()
+        if end == start:
+            raise OSError(f"the connection broke after {start:,} of {start + length:,} bytes")
+        if end >= start + length and not check_integrity(part, md5):
+            part.unlink()
+            raise OSError(f"the MD5 of what came is not {md5}")
+    os.replace(part, archive)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+def random_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return a generator on the CPU that is a function of (seed, epoch), so that devices draw the same."""
+    state = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> dict[str, Tensor]:
+    """Draw the order of an epoch's images and, for each, its shift, its reflection and its cutout.
+
+    Which images are reflected alternates from epoch to epoch (Jordan, arXiv 2404.00498), so that any two epochs in
+    succession show each image both ways.
+    """
+    generator = random_generator(config.seed, epoch)
+    order = torch.randperm(count, generator=generator)
+    shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2), generator=generator)
+    hole = torch.randint(0, config.image_size, (count, 2), generator=generator)
+    first = torch.randint(0, 2, (count,), generator=random_generator(config.seed, 0)).bool()
+    flip = first ^ bool(epoch % 2)
+    return {name: tensor.to(device) for name, tensor in dict(order=order, shift=shift, hole=hole, flip=flip).items()}
+
+
+def augment(images: Tensor, drawn: dict[str, Tensor], batch: slice, config: Config) -> Tensor:
+    """Gather a batch, each image shifted (reflecting at the borders), reflected and cut out as drawn.
+
+    Shapes: images (all, H, W, 3) uint8 -> (N, H, W, 3) uint8.
+    """
+    index, size = drawn["order"][batch], images.shape[1]
+    shift, hole, flip = (drawn[name][index] for name in ("shift", "hole", "flip"))
+    pixels = torch.arange(size, device=images.device)
+    rows, columns = ((pixels + shift[:, axis, None]).abs() for axis in (0, 1))  # (N, size)
+    rows, columns = (size - 1 - (size - 1 - place).abs() for place in (rows, columns))
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    crops = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    if config.cutout:
+        near = (pixels - hole[:, :, None] + config.cutout // 2).div(config.cutout, rounding_mode="floor") == 0
+        crops = crops.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[..., None], 128)
+    return crops
+
+
+def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Tensor], Tensor]:
+    """Return the function from images, uint8 (N, H, W, 3), to logits, float32 (N, classes)."""
+    device = data.train_images.device
+    mean, std = (torch.tensor(values, device=device) * 255 for values in (data.mean, data.std))
+
+    def forward(images: Tensor) -> Tensor:
+        inputs = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
+        if device.type == "mps":  # where channels_last is slow
+            inputs = inputs.contiguous()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return network(inputs).float()
+
+    return forward
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Summary
+
+
+def named_parts(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of each part that gets a row in the summary: plain Sequentials are looked into."""
+    for name, part in network.named_children():
+        if type(part) is nn.Sequential:
+            yield from named_parts(part, f"{prefix}{name}.")
+        else:
+            yield prefix + name, part
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_macs(network: nn.Module, image_size: int) -> dict[str, int]:
+    """Return the multiply-accumulates of convolutions and matrix products for one image, by module ("" is all)."""
+    network = copy.deepcopy(network).to("cpu").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, image_size, image_size))
+    root, counts = type(network).__name__, counter.get_flop_counts()
+    return {name.removeprefix(root).removeprefix("."): sum(flops.values()) // 2 for name, flops in counts.items()}
+
+
+def print_summary(network: nn.Module, image_size: int) -> None:
+    """Print kind, output shape, parameters and MACs of each part, and the totals."""
+    macs, shapes = count_macs(network, image_size), {}
+    for name, part in named_parts(network):
+        part.register_forward_hook(lambda _part, _inputs, output, name=name: shapes.update({name: output.shape[1:]}))
+    network.eval()(torch.zeros(1, 3, image_size, image_size))
+    print(f"{'layer':<12}{'kind':<20}{'output':<16}{'parameters':>12}{'MACs':>14}")
+    for name, part in named_parts(network):
+        kind, shape = getattr(part, "kind", type(part).__name__), " x ".join(map(str, shapes[name]))
+        print(f"{name:<12}{kind:<20}{shape:<16}{count_parameters(part):>12,}{macs.get(name, 0):>14,}")
+    print(f"{'total':<48}{count_parameters(network):>12,}{macs['']:>14,}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before each step (Jordan et al., kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon takes one two-dimensional parameter at a time; this one takes convolutions too, as matrices
+    (out, in x height x width), and orthogonalises all of the same shape at once.
+
+    Args:
+        params: Weights of dense convolutions and linear layers.
+        lr: Spectral norm of a step, times sqrt(rows / columns) for tall matrices.
+        momentum: Of the gradients, Nesterov's.
+        weight_decay: Part of the weights, times lr, that each step takes away.
+        dtype: In which the matrix products are done.
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            gradients = [weight.grad for weight in weights]
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            velocities = [self.state[weight]["momentum"] for weight in weights]
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, gradients)
+            updates = torch._foreach_add(gradients, velocities, alpha=group["momentum"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for weight, update in zip(weights, updates, strict=True):
+                matrix = update.flatten(1)
+                shapes.setdefault(matrix.shape, []).append((weight, matrix))
+            for (rows, columns), pairs in shapes.items():
+                steps = orthogonalize(torch.stack([matrix for _, matrix in pairs]).to(self.dtype))
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                for (weight, _), step in zip(pairs, steps, strict=True):
+                    weight.add_(step.view_as(weight), alpha=-rate)
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 4) -> Tensor:
+    """Bring the singular values of (B, rows, columns) near 1 by Newton-Schulz iterations of the fifth order."""
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0, after the post named above
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+def make_optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """Return Muon for dense and 1x1 convolutions and inner linear layers, and AdamW for all else.
+
+    Only matrices decay: no depthwise convolution, no BN parameter, no bias.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    classifier = layers.pop().weight
+    matrices = [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1]
+    taken = {id(weight) for weight in (*matrices, classifier)}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    groups = [{"params": [classifier], "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return [
+        Muon(matrices, config.learning_rate, config.momentum, config.weight_decay, dtype),
+        torch.optim.AdamW(groups, config.adam_learning_rate, fused=True),
+    ]
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Return the part of the peak rate at `step` of `steps`: up in a line during the warm-up, then down to zero."""
+    rise = warmup * steps
+    return min((step + 1) / (rise + 1), (steps - step) / (steps - rise))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True)
+class State:
+    """What training changes: the network, the moving average of its weights and BN statistics, the optimizers."""
+
+    raw: nn.Module
+    averaged: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+
+
+def begin(network: nn.Module, config: Config, device: torch.device) -> State:
+    memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    network = network.to(device, memory_format=memory_format)
+    return State(network, copy.deepcopy(network), make_optimizers(network, config))
+
+
+def train_epoch(
+    state: State, loss_of: Callable[[Tensor, Tensor], Tensor], data: Data, config: Config, epoch: int, bar: tqdm
+) -> tuple[float, float]:
+    """Train for one epoch (the first is 1); return its mean loss and the part of the peak rate at its end.
+
+    The images that do not fill a batch are left out, others in each epoch. Losses stay on the device.
+    """
+    device, count = data.train_images.device, len(data.train_images)
+    steps = count // config.batch_size
+    total = config.epochs * steps
+    state.raw.train()
+    drawn = draw_epoch(count, config, epoch, device)
+    torch.manual_seed(random_generator(config.seed, epoch).initial_seed())  # of dropout and stochastic depth
+    averaging = floating_tensors(state.averaged), floating_tensors(state.raw)
+    losses = torch.zeros(steps, device=device)
+    checked = time.monotonic()
+    for step in range(steps):
+        rate = schedule((epoch - 1) * steps + step, total, config.warmup)
+        batch = slice(step * config.batch_size, (step + 1) * config.batch_size)
+        images = augment(data.train_images, drawn, batch, config)
+        loss = loss_of(images, data.train_labels[drawn["order"][batch]])
+        loss.backward()
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(state.raw.parameters(), config.clip_norm)
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * rate
+            optimizer.step()
+            optimizer.zero_grad()
+        torch._foreach_lerp_(*averaging, 1 / max(1.0, config.average * total))
+        losses[step] = loss.detach()
+        bar.update()
+        if step == steps - 1 or time.monotonic() - checked > 10:  # seconds; reading a loss waits for the device
+            check_losses(losses[: step + 1], epoch, rate * config.learning_rate)
+            checked = time.monotonic()
+    return losses.mean().item(), rate
+
+
+def floating_tensors(network: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
+
+
+def check_losses(losses: Tensor, epoch: int, rate: float) -> None:
+    """Stop at the first loss that is not finite."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise RunError(
+            f"the loss became {losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1}, at a learning rate "
+            f"of about {rate:.3g}; nothing of this epoch was saved; a lower --learning-rate may help"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+HEADLINE = "averaged"  # the weights a result is quoted for: chosen on held-out images, never on the test set
+
+
+def accuracy_name(config: Config) -> str:
+    return "holdout_accuracy" if config.holdout else "test_accuracy"
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, data: Data, config: Config, *, flip: bool = False) -> Tensor:
+    """Return the logits of all images, float32 (N, classes), those of the reflected images if `flip`."""
+    network.eval()
+    forward = make_forward(network, data, config)
+    return torch.cat([forward(batch.flip(2) if flip else batch) for batch in images.split(250)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return top-1 accuracy in per cent."""
+    return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
+    """Evaluate raw and averaged weights on every test image, without and with flip test-time augmentation.
+
+    Test-time augmentation averages the logits of an image and of its reflection. Per-class accuracies and the
+    confusion matrix (rows: true classes) are those of the headline weights without it.
+    """
+    labels, classes, accuracies = data.test_labels, len(data.classes), {}
+    for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
+        logits = predict(network, data.test_images, data, config)
+        mirrored = predict(network, data.test_images, data, config, flip=True)
+        accuracies |= {weights: accuracy(logits, labels), weights + "_tta": accuracy(logits + mirrored, labels)}
+        if weights == HEADLINE:
+            confusion = (labels * classes + logits.argmax(1)).bincount(minlength=classes**2).view(classes, classes)
+    per_class = 100 * confusion.diag() / confusion.sum(1)
+    return {
+        accuracy_name(config): accuracies,
+        "per_class_accuracy": dict(zip(data.classes, per_class.tolist(), strict=True)),
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Checkpoint
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file that takes the place of `path` only when it is whole and on the disk; else nothing changes."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock that dies with this process; without `wait`, raise BlockingIOError if another one holds it."""
+    with open(path, "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def save_checkpoint(path: Path, state: State, epoch: int, about: dict[str, Any]) -> None:
+    """Save plain types and tensors that hold no time of day, so that equal runs give equal bytes.
+
+    Raises:
+        RunError: if a weight or BN statistic is not finite; nothing is saved then.
+    """
+    weights = {"model": state.raw.state_dict(), "averaged": state.averaged.state_dict()}
+    for kind, tensors in weights.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise RunError(f"{name} of the {kind} weights is no longer finite; epoch {epoch} was not saved")
+    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    with replacing(path) as file:
+        torch.save({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint to the CPU after its checksums, without ever running code from it.
+
+    Raises:
+        RunError: naming the file, if it is damaged, of another program, or of a newer format.
+    """
+    try:
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} does not match its checksum")
+        content.seek(0)
+        saved = torch.load(content, map_location="cpu", weights_only=True)
+        if saved["format"] > FORMAT:
+            raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
+        if missing := {"variant", "network", "recipe", "data", "epoch", "model", "averaged"} - saved.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except Exception as error:  # a damaged file can fail anywhere in the parsers
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path}: not a usable checkpoint ({reason}); --fresh replaces it") from None
+    return saved
+
+
+def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> None:
+    """Refuse to continue a run that was begun otherwise, naming each difference with both values."""
+    then, now = (
+        {"variant": run["variant"], "data": run["data"], **run["network"], **run["recipe"]} for run in (saved, about)
+    )
+    differences = [
+        f"{name} was {then.get(name)} and is now {now.get(name)}"
+        for name in then | now
+        if then.get(name) != now.get(name)
+    ]
+    if differences:
+        raise RunError(
+            f"{path} is of another run: {'; '.join(differences)}. Give this run a place of its own with --output-dir, "
+            "or replace that one with --fresh"
+        )
+
+
+def restore(path: Path, saved: dict[str, Any], state: State) -> None:
+    """Put weights and optimizer states back; other names or shapes are refused."""
+    try:
+        state.raw.load_state_dict(saved["model"])
+        state.averaged.load_state_dict(saved["averaged"])
+        for optimizer, tensors in zip(state.optimizers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(tensors)
+            for parameter, values in optimizer.state.items():
+                if any(value.ndim and value.shape != parameter.shape for value in values.values()):
+                    raise ValueError("the optimizer's state has other shapes")
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise RunError(f"{path}: does not fit the network ({str(error).splitlines()[0]})") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Run
+
+
+def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], config: Config) -> None:
+    """Train from the beginning or from the checkpoint to the end, then evaluate, report and save."""
+    keep_freed_memory()
+    device = pick_device(config.device, config.threads)
+    if config.summary:
+        print_summary(build(num_classes=10, **arguments), config.image_size)
+        return
+
+    # What is there already
+    path = config.output_dir / "checkpoint.pt"
+    saved = load_checkpoint(path) if path.exists() and not config.fresh else None
+    if config.evaluate:
+        if saved is None:
+            raise RunError(f"--evaluate: there is no {path}")
+        config = replace(config, **saved["recipe"])
+
+    # Data and network
+    data = load_data(config, device)
+    config = settle(config, device, len(data.train_images), saved and saved["recipe"])
+    about = {
+        "variant": name,
+        "network": {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()},
+        "recipe": config.recipe(),
+        "seed": config.seed,
+        "data": data.fingerprint,
+        "classes": data.classes,
+        "image_size": config.image_size,
+        "mean": data.mean,
+        "std": data.std,
+    }
+    torch.manual_seed(config.seed)
+    state = begin(build(num_classes=len(data.classes), **arguments), config, device)
+    if saved:
+        check_same_run(path, saved, about)
+        restore(path, saved, state)
+    facts = {
+        "parameters": count_parameters(state.raw),
+        "macs": count_macs(state.raw, config.image_size)[""],
+        "device": describe_device(device, config),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}",
+        "data": f"{data.source}: {len(data.train_images):,} training images, {len(data.test_images):,} for evaluation",
+    }
+    done = saved["epoch"] if saved else 0
+    print_header(name, facts, config, done)
+
+    # Training, evaluation, report
+    seconds = 0.0 if config.evaluate else train(state, data, config, about, done)
+    results = evaluate(state, data, config)
+    for weights, value in results[accuracy_name(config)].items():
+        print(f"{accuracy_name(config)} {weights:<13}{value:6.2f}%{'  (headline)' if weights == HEADLINE else ''}")
+    if config.synthetic:
+        print("the images are made up: this accuracy means nothing")
+    if not config.evaluate:
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+        report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
+        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": plain}
+        with replacing(config.output_dir / "summary.json") as file:
+            file.write(json.dumps(report, indent=2).encode())
+        print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")
+
+
+def print_header(name: str, facts: dict[str, Any], config: Config, done: int) -> None:
+    print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
+    for key in ("device", "versions", "data"):
+        print(f"{key}: {facts[key]}")
+    if config.evaluate:
+        print(f"evaluating {config.output_dir}, epoch {done} of {config.epochs}")
+    elif done == config.epochs:
+        print(f"{config.output_dir} is finished: nothing to train")
+    else:
+        print(
+            f"training {config.epochs} epochs in {config.output_dir}"
+            + (f", continuing after epoch {done}" if done else "")
+        )
+
+
+def train(state: State, data: Data, config: Config, about: dict[str, Any], done: int) -> float:
+    """Train what is left, with a row of metrics.csv and a checkpoint after each epoch; return the seconds in all."""
+    path, table = config.output_dir / "checkpoint.pt", config.output_dir / "metrics.csv"
+    lines = table.read_text().splitlines() if done and table.exists() else []
+    rows = [row for row in csv.DictReader(lines) if int(row["epoch"]) <= done]  # one may be ahead of the checkpoint
+    if not done:
+        path.unlink(missing_ok=True)
+    forward, headline = make_forward(state.raw, data, config), getattr(state, HEADLINE)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
+
+    if done < config.epochs:
+        loss_of = compile_where_possible(loss_of, config)
+        name = f"{accuracy_name(config)} ({HEADLINE})"
+        print(f"epoch  learning rate     loss  {name:>27}  images/s  seconds", flush=True)
+    steps = len(data.train_images) // config.batch_size
+    with tqdm(total=config.epochs * steps, initial=done * steps, unit="step", leave=False, disable=None) as bar:
+        for epoch in range(done + 1, config.epochs + 1):
+            start = time.perf_counter()
+            loss, rate = train_epoch(state, loss_of, data, config, epoch, bar)
+            speed = steps * config.batch_size / (time.perf_counter() - start)
+            result = accuracy(predict(headline, data.test_images, data, config), data.test_labels)
+            seconds, rate = time.perf_counter() - start, rate * config.learning_rate
+            row = {"epoch": epoch, "learning_rate": f"{rate:.6f}", "loss": f"{loss:.4f}"}
+            row |= {accuracy_name(config): f"{result:.2f}", "weights": HEADLINE}
+            row |= {"images_per_second": f"{speed:.1f}", "seconds": f"{seconds:.1f}"}
+            rows.append(row)
+            write_table(table, rows)
+            save_checkpoint(path, state, epoch, about)
+            text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
+            bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+    return sum(float(row["seconds"]) for row in rows)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
+    """Read the command line and run; the whole program of a script.
+
+    Args:
+        name: Of the variant; names the run's folder and is kept in the checkpoint.
+        build: Returns the network, called with num_classes and `arguments`.
+        arguments: Plain values, kept in the checkpoint.
+    """
+    config = parse_command_line(name)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not (config.summary or config.evaluate):
+                config.output_dir.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(exclusive(config.output_dir / ".lock", wait=False))
+                except BlockingIOError:
+                    raise RunError(f"{config.output_dir}: another run is writing there") from None
+            run(name, build, arguments, config)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,80 @@
+"""Small data sets that the tests make themselves, and the way in which they run the scripts."""
+
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CLASSES = ["cat", "dog", "ship"]
+
+
+def random_images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def write_folders(root: Path, train: int = 40, test: int = 7, classes: list[str] = CLASSES) -> Path:
+    """Write <root>/{train,test}/<class>/<index>.png of random images; image i is of class i modulo the number."""
+    for split, count, seed in (("train", train, 1), ("test", test, 2)):
+        for index, pixels in enumerate(random_images(count, seed)):
+            folder = root / split / classes[index % len(classes)]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{index:05d}.png")
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return write_folders(tmp_path / "pictures with spaces \u00e9")
+
+
+@pytest.fixture
+def official(tmp_path, monkeypatch):
+    """Return the bytes of a small archive in the official layout, whose MD5 sums torchvision is told to expect."""
+    base = tmp_path / "made" / CIFAR10.base_folder
+    base.mkdir(parents=True)
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    images = {name: random_images(8, seed) for seed, name in enumerate(names)}
+    sums = {}
+    for name, pixels in images.items():
+        labels = [index % 3 for index in range(8)]
+        content = pickle.dumps({"data": pixels.transpose(0, 3, 1, 2).reshape(8, -1), "labels": labels})
+        (base / name).write_bytes(content)
+        sums[name] = hashlib.md5(content).hexdigest()
+    content = pickle.dumps({"label_names": CLASSES})
+    (base / "batches.meta").write_bytes(content)
+    archive = tmp_path / "made" / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(base, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [[name, sums[name]] for name, _ in CIFAR10.test_list])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(content).hexdigest()})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive.read_bytes(), images
+
+
+def command(variant: str, *flags: object) -> list[str]:
+    # One thread: PyTorch's waiting threads make two busy processes dozens of times slower.
+    return [sys.executable, f"mobilenetv4_{variant}.py", "--threads", "1", *map(str, flags)]
+
+
+def run_script(variant: str, *flags: object, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does and return its exit status, output and errors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.run(
+        command(variant, *flags),
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        **options,
+    )

@@ -1,0 +1,252 @@
+"""Where the images come from, and that they arrive as they are."""
+
+import http.server
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, write_folders
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+import common
+from common import Config, RunError
+
+CPU = torch.device("cpu")
+
+
+class Server:
+    """Serves one archive on localhost, badly if told so, and remembers what it was asked for."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.cut_after, self.stall, self.ranges = content, None, False, []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.ranges.append(self.headers.get("Range"))
+                if self.path == "/missing":
+                    return self.send_error(404)
+                start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+                rest = outer.content[start:]
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(rest)))
+                self.end_headers()
+                self.wfile.write(rest[: outer.cut_after])
+                if outer.stall:
+                    self.wfile.flush()
+                    time.sleep(3)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/cifar-10-python.tar.gz"
+
+
+@pytest.fixture
+def server(official):
+    server = Server(official[0])
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def load(root, **settings):
+    return common.load_data(Config(data_dir=root, **settings), CPU)
+
+
+def test_class_folders_give_the_same_tensors_as_the_official_batches(tmp_path, official):
+    archive, images = official
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / CIFAR10.filename).write_bytes(archive)
+    batches = {
+        "train": np.concatenate([images[name] for name, _ in CIFAR10.train_list]),
+        "test": np.concatenate([images[name] for name, _ in CIFAR10.test_list]),
+    }
+    for split, first in (("train", 0), ("test", 50000)):
+        for index, pixels in enumerate(batches[split]):
+            folder = tmp_path / "folders" / split / CLASSES[index % 8 % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{first + index:05d}.png")
+    ours, theirs = load(tmp_path / "folders"), load(tmp_path / "data")
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert (ours.classes, ours.mean, ours.std) == (theirs.classes, theirs.mean, theirs.std)
+    assert ours.fingerprint == theirs.fingerprint
+
+
+def test_statistics_are_those_of_the_training_images(folders):
+    data = load(folders)
+    pixels = data.train_images.double().div(255).flatten(0, 2)
+    assert data.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-12)
+    assert data.std == pytest.approx(pixels.std(0, correction=0).tolist(), abs=1e-12)
+
+
+def test_a_second_start_takes_the_cache_and_a_changed_file_is_noticed(folders, monkeypatch):
+    first = load(folders)
+    decoded = []
+    decode = common.decode
+    monkeypatch.setattr(common, "decode", lambda paths, *rest: (decoded.append(paths), decode(paths, *rest))[1])
+    second = load(folders)
+    assert not decoded
+    assert torch.equal(first.train_images, second.train_images)
+    assert first.fingerprint == second.fingerprint
+    Image.new("RGB", (32, 32), "red").save(folders / "train" / "cat" / "00000.png")
+    third = load(folders)
+    assert decoded
+    assert third.fingerprint != first.fingerprint
+
+
+def test_a_damaged_cache_is_made_again_and_holds_no_pickle(folders):
+    first = load(folders)
+    cache = folders / ".cache-32px.npz"
+    with np.load(cache, allow_pickle=False) as arrays:
+        assert {arrays[name].dtype.kind for name in arrays} == {"u", "U"}
+    content = bytearray(cache.read_bytes())
+    content[len(content) // 2] ^= 1
+    cache.write_bytes(content)
+    assert load(folders).fingerprint == first.fingerprint
+    cache.write_bytes(b"")
+    assert load(folders).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "expected"),
+    [
+        ("L", 77, (77, 77, 77)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 300 * 100, (117, 117, 117)),
+        ("P", 0, (0, 0, 0)),
+    ],
+)
+def test_pictures_of_every_mode_become_rgb(mode, color, expected):
+    fitted = common.fit_image(Image.new(mode, (50, 40), color), 32)
+    assert (fitted.mode, fitted.size) == ("RGB", (32, 32))
+    assert fitted.getpixel((16, 16)) == expected
+
+
+def test_the_shorter_side_is_fitted_and_the_centre_kept():
+    picture = Image.new("RGB", (128, 64), "red")
+    picture.paste("blue", (32, 0, 96, 64))
+    assert common.fit_image(picture, 32).getcolors() == [(32 * 32, (0, 0, 255))]
+
+
+def test_an_image_that_cannot_be_read_is_named(folders):
+    path = folders / "test" / "dog" / "00001.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"00001\.png: not a readable image"):
+        load(folders)
+
+
+def test_classes_that_differ_an_empty_class_and_a_missing_split_are_refused(tmp_path):
+    root = write_folders(tmp_path / "a")
+    (root / "train" / "emu").mkdir()
+    with pytest.raises(RunError, match="emu"):
+        load(root)
+    Image.new("RGB", (32, 32)).save(root / "train" / "emu" / "1.png")
+    with pytest.raises(RunError, match="train has the classes"):
+        load(root)
+    (tmp_path / "b" / "train").mkdir(parents=True)
+    with pytest.raises(RunError):
+        load(tmp_path / "b")
+
+
+def test_a_set_too_large_for_memory_is_refused_with_its_size(folders, monkeypatch):
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * 47 * 32 * 32 * 3 - 1}
+    monkeypatch.setattr(common.os, "sysconf", memory.__getitem__)
+    with pytest.raises(RunError, match="47 images of 32 pixels take"):
+        load(folders)
+    memory["SC_PHYS_PAGES"] += 1
+    load(folders)
+
+
+def test_the_holdout_is_the_last_images_of_each_class_and_balanced(folders):
+    everything, data = load(folders), load(folders, holdout=6)
+    assert data.test_labels.bincount().tolist() == [2, 2, 2]
+    assert torch.equal(data.test_images, everything.train_images[[34, 35, 36, 37, 38, 39]])
+    assert torch.equal(data.train_images, everything.train_images[:34])
+    assert data.mean != everything.mean
+    with pytest.raises(RunError, match="--holdout 7"):
+        load(folders, holdout=7)
+
+
+def test_the_archive_is_downloaded_once_and_checked(tmp_path, server, official):
+    data = load(tmp_path / "data", data_url=server.url)
+    assert torch.equal(data.train_images[:8], torch.from_numpy(official[1]["data_batch_1"]))
+    assert data.classes == CLASSES
+    load(tmp_path / "data", data_url=server.url)
+    assert len(server.ranges) == 1
+
+
+def test_an_archive_already_there_needs_no_network(tmp_path, official):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / CIFAR10.filename).write_bytes(official[0])
+    assert len(load(tmp_path / "data", data_url="http://127.0.0.1:9/nothing").train_labels) == 40
+
+
+def test_a_cut_download_continues_where_it_stopped(tmp_path, server):
+    server.cut_after = 1000
+    total = len(server.content)
+    load(tmp_path / "data", data_url=server.url)
+    assert server.ranges[:3] == [None, "bytes=1000-", "bytes=2000-"]
+    assert len(server.ranges) == -(-total // 1000)
+
+
+def test_a_stalled_download_ends_in_one_message_and_the_next_try_heals_it(tmp_path, server, monkeypatch):
+    urlopen = common.urllib.request.urlopen
+    monkeypatch.setattr(common.urllib.request, "urlopen", lambda request, timeout: urlopen(request, timeout=0.3))
+    server.cut_after, server.stall = 0, True
+    with pytest.raises(RunError, match=CIFAR10.tgz_md5):
+        load(tmp_path / "data", data_url=server.url)
+    server.cut_after, server.stall = None, False
+    load(tmp_path / "data", data_url=server.url)
+
+
+def test_other_bytes_are_never_used(tmp_path, server):
+    right, server.content = server.content, b"x" * len(server.content)
+    with pytest.raises(RunError, match="MD5"):
+        load(tmp_path / "data", data_url=server.url)
+    assert not list((tmp_path / "data").glob("cifar*"))
+    server.content = right
+    load(tmp_path / "data", data_url=server.url)
+
+
+@pytest.mark.parametrize("path", ["missing", None])
+def test_without_the_file_or_the_network_the_message_names_every_way_on(tmp_path, server, path):
+    url = server.url.replace(CIFAR10.filename, "missing") if path else "http://127.0.0.1:9/nothing"
+    with pytest.raises(RunError) as caught:
+        load(tmp_path / "data", data_url=url)
+    message = str(caught.value)
+    for part in (url, CIFAR10.tgz_md5, str(tmp_path / "data"), "--data-dir", "--data-url", "--synthetic"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_two_processes_may_download_at_once(tmp_path, server):
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(load(tmp_path / "data", data_url=server.url).fingerprint))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2
+    assert results[0] == results[1]
+    assert len(server.ranges) == 1
+
+
+def test_a_damaged_batch_is_healed_from_the_archive(tmp_path, server):
+    first = load(tmp_path / "data", data_url=server.url)
+    (tmp_path / "data" / CIFAR10.base_folder / "data_batch_3").write_bytes(b"damaged")
+    assert load(tmp_path / "data", data_url=server.url).fingerprint == first.fingerprint
+    assert len(server.ranges) == 1

@@ -1,0 +1,138 @@
+"""Both scripts as a user runs them: as processes, on a small image folder."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import CLASSES, REPOSITORY, command, run_script
+
+import common
+from mobilenetv4_baseline import MobileNetV4
+from mobilenetv4_enhanced import enhanced_mobilenetv4
+
+BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
+PARAMETERS = {"baseline": 3_047_403, "enhanced": 4_163_715}  # with the three classes of the small folder
+
+
+def flags(folders, output, epochs=2):
+    return ["--data-dir", folders, "--output-dir", output, "--epochs", epochs, "--batch-size", 16]
+
+
+@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
+def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, tmp_path):
+    output = tmp_path / "run"
+    result = run_script(variant, *flags(folders, output))
+    assert result.returncode == 0, result.stderr
+    assert "\r" not in result.stdout + result.stderr  # no progress bar where there is no terminal
+    assert len(re.findall(r"^ +[12]  +\d\.\d+  +\d\.\d+  +\d+\.\d\d%", result.stdout, re.M)) == 2
+
+    saved = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert (saved["format"], saved["variant"], saved["epoch"], saved["seed"]) == (1, variant, 2, 0)
+    assert (saved["classes"], saved["image_size"]) == (CLASSES, 32)
+    assert len(saved["mean"]) == len(saved["std"]) == 3
+    assert saved["recipe"]["batch_size"] == 16
+    for weights in ("model", "averaged"):
+        network = BUILDERS[variant](num_classes=3, **saved["network"])
+        network.load_state_dict(saved[weights])
+        assert not [name for name in saved[weights] if "module." in name or "_orig_mod" in name]
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert set(summary["test_accuracy"]) == {"raw", "averaged", "raw_tta", "averaged_tta"}
+    assert (summary["variant"], summary["epochs"], summary["parameters"]) == (variant, 2, PARAMETERS[variant])
+    assert set(summary["per_class_accuracy"]) == set(CLASSES)
+    assert sum(map(sum, summary["confusion_matrix"])) == 7
+    for key in ("headline", "macs", "seconds", "device", "versions", "configuration"):
+        assert summary[key]
+
+    rows = list(csv.DictReader((output / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    headline = summary["test_accuracy"][summary["headline"]]
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(headline, abs=0.01)
+    assert sum(float(row["seconds"]) for row in rows) == pytest.approx(summary["seconds"], abs=0.1)
+
+
+def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, tmp_path):
+    output = tmp_path / "run"
+    first = run_script("baseline", *flags(folders, output, 1))
+    content = (output / "checkpoint.pt").read_bytes()
+    again = run_script("baseline", *flags(folders, output, 1))
+    assert again.returncode == 0, again.stderr
+    assert "nothing to train" in again.stdout
+    accuracies = [re.findall(r"^test_accuracy .*%", result.stdout, re.M) for result in (first, again)]
+    assert len(accuracies[0]) == 4
+    assert accuracies[0] == accuracies[1]
+
+    evaluated = run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", output)
+    assert re.findall(r"^test_accuracy .*%", evaluated.stdout, re.M) == accuracies[0]
+
+    other = run_script("baseline", *flags(folders, output, 3), "--learning-rate", "0.01")
+    assert other.returncode == 1
+    for part in ("epochs was 1 and is now 3", "learning_rate was 0.02 and is now 0.01", "--output-dir", "--fresh"):
+        assert part in other.stderr
+    assert other.stderr.count("\n") == 1
+    enhanced = run_script("enhanced", *flags(folders, output, 1))
+    assert enhanced.returncode == 1
+    assert "variant was baseline and is now enhanced" in enhanced.stderr
+    assert (output / "checkpoint.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
+def test_a_killed_run_continues_to_the_bytes_of_an_undisturbed_one(variant, folders, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_script(variant, *flags(folders, undisturbed, 3)).returncode == 0
+    process = subprocess.Popen(
+        command(variant, *flags(folders, killed, 3)),
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert common.load_checkpoint(killed / "checkpoint.pt")["epoch"] < 3
+    result = run_script(variant, *flags(folders, killed, 3))
+    assert "continuing after epoch" in result.stdout
+    assert (killed / "checkpoint.pt").read_bytes() == (undisturbed / "checkpoint.pt").read_bytes()
+    rows = [list(csv.reader((run / "metrics.csv").open())) for run in (killed, undisturbed)]
+    assert [row[:5] for row in rows[0]] == [row[:5] for row in rows[1]]
+
+
+def test_the_summary_needs_no_data_and_adds_up(tmp_path):
+    result = run_script("baseline", "--summary", "--data-dir", tmp_path / "nothing")
+    assert result.returncode == 0, result.stderr
+    rows = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()[1:]]
+    parameters, macs = (sum(int(row[column].replace(",", "")) for row in rows[:-1]) for column in (-2, -1))
+    assert (parameters, macs) == (3_056_370, 80_020_992)
+    assert rows[-1] == ["total", "3,056,370", "80,020,992"]
+    kinds = [row[1] for row in rows]
+    assert [kinds.count(kind) for kind in ("ExtraDW", "IB", "ConvNext")] == [3, 8, 1]
+
+
+def test_made_up_images_say_that_the_accuracy_means_nothing(tmp_path):
+    result = run_script("baseline", "--synthetic", "--epochs", 1, "--output-dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("means nothing") == 2
+
+
+def test_without_data_and_network_one_line_says_what_to_do(tmp_path):
+    result = run_script(
+        "enhanced", "--data-dir", tmp_path / "no", "--output-dir", tmp_path / "run", "--data-url", "http://127.0.0.1:9/"
+    )
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert "--synthetic" in result.stderr
+
+
+def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
+    result = run_script("baseline", "--epochs", 0, "--output-dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert "--epochs" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,328 @@
+"""Augmentation, optimizer, schedule, averaging and evaluation, each against a plain way of computing the same."""
+
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images
+from torch import nn
+from tqdm import tqdm
+
+import common
+from common import Config, Data
+from mobilenetv4_baseline import DepthwiseConv2d, MobileNetV4
+from mobilenetv4_enhanced import enhanced_mobilenetv4
+
+CPU = torch.device("cpu")
+
+
+def small_data(train: int = 23, test: int = 7) -> Data:
+    images = [torch.from_numpy(random_images(count, count)) for count in (train, test)]
+    labels = [torch.arange(count) % 3 for count in (train, test)]
+    return Data("made up", ["a", "b", "c"], images[0], labels[0], images[1], labels[1], [0.5] * 3, [0.25] * 3, "")
+
+
+class Tiny(nn.Module):
+    """A network small enough to train in a moment, with each kind of layer that is treated apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.depthwise, self.pointwise = DepthwiseConv2d(8, 3), nn.Conv2d(8, 4, 1)
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.dense(x)).relu()
+        return self.classifier(self.pointwise(self.depthwise(x)).mean((2, 3)))
+
+
+def train(config: Config, data: Data | None = None, epochs: int | None = None):
+    data = data or small_data()
+    torch.manual_seed(config.seed)
+    state = common.begin(Tiny(), config, CPU)
+    forward = common.make_forward(state.raw, data, config)
+    losses = []
+
+    def loss_of(images, labels):
+        losses.append(nn.functional.cross_entropy(forward(images), labels))
+        return losses[-1]
+
+    for epoch in range(1, (epochs or config.epochs) + 1):
+        common.train_epoch(state, loss_of, data, config, epoch, tqdm(disable=True))
+    return state, losses
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Randomness and augmentation
+
+
+def test_an_epoch_is_a_fresh_permutation_that_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        return common.draw_epoch(100, Config(seed=seed), epoch, CPU)["order"].tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert sorted(order(0, 1)) == list(range(100))
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(1, 4)}) == 9
+
+
+def test_two_epochs_in_succession_show_each_image_both_ways():
+    flips = [common.draw_epoch(1000, Config(), epoch, CPU)["flip"] for epoch in (1, 2, 3)]
+    assert torch.equal(flips[0], ~flips[1])
+    assert torch.equal(flips[0], flips[2])
+    assert 400 < flips[0].sum() < 600
+
+
+def test_shifts_are_uniform_and_independent_for_each_image():
+    shift = common.draw_epoch(9000, Config(crop_padding=4), 1, CPU)["shift"]
+    for axis in (0, 1):
+        counts = (shift[:, axis] + 4).bincount()
+        assert len(counts) == 9
+        assert counts.min() > 800
+    assert abs(np.corrcoef(shift[:, 0], shift[:, 1])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("cutout", [0, 8])
+def test_augmentation_equals_padding_cropping_and_flipping_each_image_alone(cutout):
+    config = Config(crop_padding=4, cutout=cutout)
+    images = torch.from_numpy(random_images(20, 5))
+    drawn = common.draw_epoch(20, config, 1, CPU)
+    augmented = common.augment(images, drawn, slice(5, 15), config)
+    assert augmented.shape == (10, 32, 32, 3)
+    assert augmented.dtype == torch.uint8
+    for got, index in zip(augmented.numpy(), drawn["order"][5:15].tolist(), strict=True):
+        padded = np.pad(images[index].numpy(), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        down, right = (drawn["shift"][index] + 4).tolist()
+        expected = padded[down : down + 32, right : right + 32]
+        if drawn["flip"][index]:
+            expected = expected[:, ::-1]
+        if cutout:
+            row, column = drawn["hole"][index].tolist()
+            expected = expected.copy()
+            expected[max(0, row - 4) : row + 4, max(0, column - 4) : column + 4] = 128
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_the_network_sees_normalised_images():
+    data = small_data()
+    seen = []
+    common.make_forward(lambda inputs: seen.append(inputs) or inputs, data, Config(precision="fp32"))(data.test_images)
+    expected = (data.test_images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_muon_equals_that_of_torch_on_matrices(shape):
+    torch.manual_seed(0)
+    ours = nn.Parameter(torch.randn(shape))
+    theirs = nn.Parameter(ours.detach().clone())
+    settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1)
+    optimizers = [
+        common.Muon([ours], **settings, dtype=torch.bfloat16),
+        torch.optim.Muon([theirs], **settings, nesterov=True, ns_steps=4),
+    ]
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=2e-3)
+    moved = (theirs - ours.detach().clone().normal_()).norm()
+    assert moved > 1  # the tolerance is small beside what the weights moved
+
+
+def test_muon_takes_a_convolution_as_a_matrix_whatever_its_memory_format():
+    torch.manual_seed(0)
+    start, gradient = torch.randn(8, 3, 3, 3), torch.randn(8, 3, 3, 3)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(start.clone(memory_format=memory_format))
+        weight.grad = gradient.clone(memory_format=memory_format)
+        common.Muon([weight], lr=0.1, momentum=0.9, weight_decay=0.0).step()
+        results.append(weight.detach())
+    matrix = nn.Parameter(start.flatten(1).clone())
+    matrix.grad = gradient.flatten(1).clone()
+    common.Muon([matrix], lr=0.1, momentum=0.9, weight_decay=0.0).step()
+    assert torch.equal(results[0], results[1])
+    assert torch.allclose(results[0].flatten(1), matrix, atol=1e-6)
+
+
+def test_orthogonalizing_brings_singular_values_near_one_and_keeps_the_directions():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 10, 30)
+    results = common.orthogonalize(matrices, iterations=5)
+    values = torch.linalg.svdvals(results)
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    inner = left.mT @ results @ right.mT
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+    assert torch.allclose(common.orthogonalize(matrices.mT), common.orthogonalize(matrices).mT, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", [MobileNetV4, enhanced_mobilenetv4])
+def test_only_matrices_decay_and_each_parameter_has_one_optimizer(build):
+    network = build(width=0.25)
+    optimizers = common.make_optimizers(network, Config())
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    given = [parameter for group in groups for parameter in group["params"]]
+    assert sorted(map(id, given)) == sorted(map(id, network.parameters()))
+    decaying = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+    for name, parameter in network.named_parameters():
+        depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
+        assert (id(parameter) in decaying) == (parameter.ndim > 1 and not depthwise), name
+    muon = {id(parameter) for parameter in optimizers[0].param_groups[0]["params"]}
+    assert id(network.classifier.weight) not in muon
+    assert id(network.stem[0][0].weight) in muon
+
+
+def test_the_rate_rises_and_falls_in_lines_and_ends_near_zero():
+    rates = np.array([common.schedule(step, 100, 0.2) for step in range(100)])
+    assert rates.argmax() in (19, 20)
+    assert rates.max() <= 1
+    assert np.allclose(np.diff(rates[:19], 2), 0)
+    assert np.allclose(np.diff(rates[21:], 2), 0)
+    assert 0 < rates[0] < 0.06 and 0 < rates[-1] < 0.02
+    assert common.schedule(0, 1, 0.0) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not():
+    states = [train(Config(epochs=2, batch_size=5, precision="fp32", seed=seed))[0] for seed in (0, 0, 1)]
+    weights = [torch.cat([tensor.flatten() for tensor in state.raw.parameters()]) for state in states]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_each_epoch_leaves_its_incomplete_batch_out():
+    _, losses = train(Config(epochs=3, batch_size=5, precision="fp32"))
+    assert len(losses) == 3 * (23 // 5)
+
+
+def test_the_averaged_weights_are_the_moving_average_of_weights_and_statistics():
+    config = Config(epochs=1, batch_size=5, precision="fp32", average=0.5)
+    forget = 1 / (0.5 * 4)
+    expected = None
+    data = small_data()
+    torch.manual_seed(0)
+    state = common.begin(Tiny(), config, CPU)
+    start = {name: tensor.clone() for name, tensor in state.raw.state_dict().items()}
+    path = []
+    lerp = torch._foreach_lerp_
+
+    def remember(averaged, current, weight):
+        path.append([tensor.clone() for tensor in current])
+        lerp(averaged, current, weight)
+
+    torch._foreach_lerp_ = remember
+    try:
+        forward = common.make_forward(state.raw, data, config)
+        loss = lambda images, labels: nn.functional.cross_entropy(forward(images), labels)  # noqa: E731
+        common.train_epoch(state, loss, data, config, 1, tqdm(disable=True))
+    finally:
+        torch._foreach_lerp_ = lerp
+    expected = [tensor for tensor in start.values() if tensor.is_floating_point()]
+    for current in path:
+        expected = [(1 - forget) * old + forget * new for old, new in zip(expected, current, strict=True)]
+    assert len(path) == 4
+    for got, want in zip(common.floating_tensors(state.averaged), expected, strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+    assert not torch.allclose(state.averaged.norm.running_mean, state.raw.norm.running_mean)
+
+
+def test_gradients_are_clipped_only_when_asked():
+    sizes = []
+    for clip_norm in (0.0, 1e-3):
+        state, _ = train(Config(epochs=1, batch_size=23, precision="fp32", clip_norm=clip_norm, adam_learning_rate=0))
+        sizes.append(sum(values["momentum"].norm() ** 2 for values in state.optimizers[0].state.values()) ** 0.5)
+    assert sizes[0] > 1e-2
+    assert sizes[1] <= 1.001e-3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad_step", [0, 2, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_step_and_rate(value, bad_step):
+    losses = torch.ones(4)
+    losses[bad_step] = value
+    with pytest.raises(common.RunError, match=rf"{value} in epoch 7, step {bad_step + 1}, .* 0\.02"):
+        common.check_losses(losses, 7, 0.02)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def test_evaluation_counts_every_image_once_and_flips_for_the_augmented_accuracy():
+    data = small_data(test=553)  # not a multiple of the evaluation's batch
+
+    class Oracle(nn.Module):
+        """Answers right for the first 100 images, and only if they are not reflected."""
+
+        def forward(self, x):
+            keys = {tuple(image[:, 0, :8].flatten().tolist()): index for index, image in enumerate(known)}
+            hits = [keys.get(tuple(image[:, 0, :8].flatten().tolist()), 999) for image in x]
+            right = [data.test_labels[hit].item() if hit < 100 else -1 for hit in hits]
+            return torch.tensor([[10.0 * (label == answer) for label in range(3)] for answer in right]) - torch.tensor(
+                [0.0, 0.1, 0.2]
+            )
+
+    known = ((data.test_images.float() - 127.5) / 63.75).permute(0, 3, 1, 2)
+    config = Config(precision="fp32")
+    results = common.evaluate(common.State(Oracle(), Oracle(), []), data, config)
+    always_first = (data.test_labels[100:] == 0).sum().item()
+    assert results["test_accuracy"]["raw"] == pytest.approx(100 * (100 + always_first) / 553)
+    assert results["test_accuracy"]["raw_tta"] == results["test_accuracy"]["raw"]
+    confusion = np.array(results["confusion_matrix"])
+    assert confusion.sum() == 553
+    assert confusion.sum(1).tolist() == data.test_labels.bincount().tolist()
+    expected = {name: 100 * confusion[i, i] / confusion[i].sum() for i, name in enumerate(data.classes)}
+    assert results["per_class_accuracy"] == pytest.approx(expected)
+
+
+def test_a_held_out_accuracy_is_called_so():
+    state, _ = train(Config(epochs=1, batch_size=5, precision="fp32"))
+    assert "holdout_accuracy" in common.evaluate(state, small_data(), Config(precision="fp32", holdout=3))
+    assert "test_accuracy" in common.evaluate(state, small_data(), Config(precision="fp32"))
+
+
+def test_compilation_is_chosen_from_the_configured_total():
+    def choose(epochs, images, saved=None):
+        return common.settle(Config(epochs=epochs), CPU, images, saved).compile
+
+    assert (choose(10, 50_000), choose(1, 1000)) == ("on", "off")
+    assert choose(10, 50_000, {"compile": "off", "precision": "fp32"}) == "off"
+
+
+def test_every_field_of_the_configuration_has_help_and_a_flag(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mobilenetv4_baseline.py", "--help"])
+    with pytest.raises(SystemExit):
+        common.parse_command_line("baseline")
+    text = capsys.readouterr().out
+    for item in fields(Config):
+        assert f"--{item.name.replace('_', '-')}" in text
+        assert item.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--epochs", v) for v in ("0", "-1", "1.5", "nan", "inf", "", "ten")]
+    + [("--learning-rate", v) for v in ("-1", "nan", "inf", "")]
+    + [("--batch-size", "1"), ("--average", "1"), ("--seed", "-1"), ("--data-dir", ""), ("--device", "tpu")],
+)
+def test_a_bad_value_is_told_with_its_flag_before_anything_else(flag, value, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mobilenetv4_baseline.py", flag, value])
+    with pytest.raises(SystemExit) as caught:
+        common.parse_command_line("baseline")
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert flag in last
+    assert repr(value) in last

@@ -775,7 +775,16 @@ def save_checkpoint(path: Path, state: State, epoch: int, about: dict[str, Any])
                 raise RunError(f"{name} of the {kind} weights is no longer finite; epoch {epoch} was not saved")
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
     with replacing(path) as file:
-        torch.save({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}, file)
+        torch.save(plain({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}), file)
+
+
+def plain(value: Any) -> Any:
+    """Rebuild nested plain types, since pickle's bytes tell which equal strings are one object and which are two."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -857,7 +866,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
     about = {
         "variant": name,
-        "network": {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()},
+        "network": plain(arguments),
         "recipe": config.recipe(),
         "seed": config.seed,
         "data": data.fingerprint,
@@ -890,9 +899,9 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     if config.synthetic:
         print("the images are made up: this accuracy means nothing")
     if not config.evaluate:
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+        configuration = {key: str(item) if isinstance(item, Path) else item for key, item in asdict(config).items()}
         report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
-        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": plain}
+        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": configuration}
         with replacing(config.output_dir / "summary.json") as file:
             file.write(json.dumps(report, indent=2).encode())
         print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")

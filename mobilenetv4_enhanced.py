@@ -9,7 +9,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -101,7 +100,7 @@ def enhanced_mobilenetv4(
     """
     if not 0 <= stochastic_depth < 1:
         raise ValueError(f"stochastic_depth must be at least 0 and below 1, got {stochastic_depth}")
-    rates = iter(torch.linspace(0, stochastic_depth, len(BLOCKS)).tolist())
+    rates = iter([stochastic_depth * index / (len(BLOCKS) - 1) for index in range(len(BLOCKS))])
 
     def block(*args: Any, **kwargs: Any) -> EnhancedBottleneck:
         return EnhancedBottleneck(

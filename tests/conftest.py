@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -29,6 +30,15 @@ def write_folders(root: Path, train: int = 40, test: int = 7, classes: list[str]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / f"{index:05d}.png")
     return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute on one thread: beside another busy process two threads make the tests ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -62,7 +72,6 @@ def official(tmp_path, monkeypatch):
 
 
 def command(variant: str, *flags: object) -> list[str]:
-    # One thread: PyTorch's waiting threads make two busy processes dozens of times slower.
     return [sys.executable, f"mobilenetv4_{variant}.py", "--threads", "1", *map(str, flags)]
 
 

@@ -13,7 +13,6 @@ from test_baseline import (
     make_block,
     multiply_accumulates,
     normal,
-    # noqa: F401 - a fixture, used by every test
     parameters_of,
     parameters_without_gradient,
     randomise,

@@ -12,8 +12,8 @@ function of the step, so a run that was interrupted continues as if nothing had 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
+import functools
 import hashlib
 import http.client
 import io
@@ -21,11 +21,15 @@ import json
 import math
 import os
 import platform
+import re
+import signal
+import ssl
 import sys
 import time
+import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,7 +42,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
@@ -48,88 +52,70 @@ except ImportError:
     fcntl = None
 
 FORMAT = 1  # of the checkpoint; raised when an older program could misread it
+WAYS_ON = "give this run a place of its own with --output-dir, or replace that one with --fresh"
 
 
 class RunError(Exception):
     """An expected failure, told to the user in one line."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration -------------------------------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
+    """A field of the configuration: a number from `low` to `high`, one of `choices`, a text, a folder or a switch."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, **more})
 
 
 @dataclass(frozen=True)
-class Number:
-    """Reads a finite number from `low` to `high` from a command line."""
+class Config:
+    """A run. All but places and actions decides the weights that come out: it is saved, and compared on continuing."""
 
-    kind: type
-    low: float
-    high: float
+    epochs: int = setting(30, "passes over the training images", 1, 1e6)
+    batch_size: int = setting(128, "images per step", 2, 1e6)
+    learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
+    adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", 0, 1e30)
+    warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", 0, 0.999)
+    momentum: float = setting(0.9, "momentum of Muon", 0, 0.999)
+    weight_decay: float = setting(0.05, "decay of matrices, per step times the rate", 0, 100)
+    label_smoothing: float = setting(0.1, "probability spread over all classes", 0, 0.999)
+    clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", 0, 1e30)
+    average: float = setting(0.05, "memory of the averaged weights: this part of all steps, less at first", 0, 0.999)
+    crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
+    cutout: int = setting(0, "side in pixels of a square hidden in training images", 0, 224)
+    image_size: int = setting(32, "side in pixels to which class-folder images are brought", 16, 512)
+    holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", 0, 1e6)
+    seed: int = setting(0, "of everything random", 0, 2**32 - 1)
+    precision: str = setting("auto", "of most operations; auto: what is faster here", choices=("auto", "bf16", "fp32"))
+    compile: str = setting("auto", "compile the network; auto: where it pays back", choices=("auto", "on", "off"))
 
-    def __call__(self, text: str) -> float:
-        try:
-            value = self.kind(text)
-        except ValueError:
-            value = math.nan
-        if not self.low <= value <= self.high:
-            kind = "a whole number" if self.kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"expected {kind} from {self.low:g} to {self.high:g}, got {text!r}")
-        return value
-
-
-def folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a folder, got ''")
-    return Path(text)
-
-
-def setting(default: Any, help: str, parse: Callable[[str], Any] | Sequence[str] | None = None) -> Any:
-    """A field of the configuration; `parse` reads it from the command line, or lists the choices."""
-    return field(default=default, metadata={"help": help, "parse": parse})
-
-
-COUNT, FRACTION = Number(int, 1, 1e6), Number(float, 0, 0.999)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides the weights that come out: saved in the checkpoint and compared when a run continues."""
-
-    epochs: int = setting(30, "passes over the training images", COUNT)
-    batch_size: int = setting(128, "images per step", Number(int, 2, 1e6))
-    learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", Number(float, 0, 1e30))
-    adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", Number(float, 0, 1e30))
-    warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", FRACTION)
-    momentum: float = setting(0.9, "momentum of Muon", FRACTION)
-    weight_decay: float = setting(0.05, "decay of matrices, per step times the rate", Number(float, 0, 100))
-    label_smoothing: float = setting(0.1, "probability spread over all classes", FRACTION)
-    clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", Number(float, 0, 1e30))
-    average: float = setting(0.05, "memory of the averaged weights, as a part of all steps", FRACTION)
-    crop_padding: int = setting(4, "pixels by which training images are shifted at most", Number(int, 0, 16))
-    cutout: int = setting(0, "side in pixels of a square hidden in training images", Number(int, 0, 224))
-    image_size: int = setting(32, "side in pixels to which class-folder images are brought", Number(int, 16, 512))
-    holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", Number(int, 0, 1e6))
-    seed: int = setting(0, "of everything random", Number(int, 0, 2**32 - 1))
-    precision: str = setting("auto", "bf16 or fp32; auto: what is faster here", ("auto", "bf16", "fp32"))
-    compile: str = setting("auto", "compile the network; auto: where that pays back", ("auto", "on", "off"))
-
-
-@dataclass(frozen=True)
-class Config(Recipe):
-    """A run: the recipe, and places and actions, which do not change what comes out."""
-
-    data_dir: Path = setting(Path("data"), "CIFAR-10, or train/ and test/ with a folder for each class", folder)
-    data_url: str = setting(CIFAR10.url, "where CIFAR-10 is downloaded from; its MD5 decides")
-    output_dir: Path | None = setting(None, "where the run is kept (default: runs/<variant>)", folder)
-    device: str = setting("auto", "auto: cuda, else mps, else cpu", ("auto", "cuda", "mps", "cpu"))
-    threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", Number(int, 0, 1024))
-    synthetic: bool = setting(False, "train on made-up images, to try the installation")
-    fresh: bool = setting(False, "start over, replacing the run that is there")
-    evaluate: bool = setting(False, "evaluate the run's checkpoint and stop")
-    summary: bool = setting(False, "print the network's table and stop")
+    data_dir: Path = setting(Path("data"), "CIFAR-10, or train/ and test/ with a folder for each class", place=True)
+    data_url: str = setting(CIFAR10.url, "where CIFAR-10 is downloaded from; its MD5 decides", place=True)
+    output_dir: Path = setting(Path("runs"), "where the run is kept", place=True)
+    device: str = setting("auto", "cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"), place=True)
+    threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", 0, 1024, place=True)
+    synthetic: bool = setting(False, "train on made-up images, to try the installation", place=True)
+    fresh: bool = setting(False, "start over, replacing the run that is there", place=True)
+    evaluate: bool = setting(False, "evaluate the run's checkpoint and stop", place=True)
+    summary: bool = setting(False, "print the network's table and stop", place=True)
 
     def recipe(self) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in fields(Recipe)}
+        return {item.name: getattr(self, item.name) for item in fields(self) if "place" not in item.metadata}
+
+
+def reader(kind: type, low: float | None, high: float | None) -> Callable[[str], Any]:
+    """Return what reads a flag: a number within its limits, or else anything that is not empty."""
+
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if text and (low is None or low <= value <= high):
+                return value
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "something")
+        limits = "" if low is None else f" from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}{limits}, got {text!r}")
+
+    return read
 
 
 def parse_command_line(name: str) -> Config:
@@ -139,25 +125,25 @@ def parse_command_line(name: str) -> Config:
         epilog="example: %(prog)s --epochs 10 --data-dir pictures --output-dir runs/pictures",
     )
     recipe = parser.add_argument_group("recipe: decides the weights that come out")
-    others = parser.add_argument_group("places and actions")
-    recipe_names = {item.name for item in fields(Recipe)}
+    places = parser.add_argument_group("places and actions")
     for item in fields(Config):
-        group = recipe if item.name in recipe_names else others
-        flag, parse = "--" + item.name.replace("_", "-"), item.metadata["parse"]
-        text = item.metadata["help"] + ("" if item.default in (None, False) else " (default: %(default)s)")
-        if isinstance(item.default, bool):
+        group, about = places if "place" in item.metadata else recipe, item.metadata
+        flag, kind, text = "--" + item.name.replace("_", "-"), type(item.default), about["help"]
+        if kind is bool:
             group.add_argument(flag, action="store_true", help=text)
-        elif isinstance(parse, tuple):
-            group.add_argument(flag, choices=parse, default=item.default, help=text)
+        elif "choices" in about:
+            group.add_argument(flag, choices=about["choices"], default=item.default, help=text)
         else:
-            kind = {folder: "DIR", None: "URL"}.get(parse, "N")
-            group.add_argument(flag, type=parse, default=item.default, metavar=kind, help=text)
-    config = Config(**vars(parser.parse_args()))
-    return config if config.output_dir else replace(config, output_dir=Path("runs", name))
+            unit = {int: "N", float: "X", str: "URL"}.get(kind, "DIR")
+            read = reader(Path if unit == "DIR" else kind, about["low"], about["high"])
+            group.add_argument(
+                flag, type=read, default=item.default, metavar=unit, help=f"{text} (default: %(default)s)"
+            )
+    parser.set_defaults(output_dir=Path("runs", name))
+    return Config(**vars(parser.parse_args()))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Device
+# ---- Device --------------------------------------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> None:
@@ -187,6 +173,11 @@ def pick_device(requested: str, threads: int) -> torch.device:
     return torch.device(found[0] if requested == "auto" else requested)
 
 
+def layout(device: torch.device) -> torch.memory_format:
+    """Return the faster order of an image tensor's values: channels last, which is 30 times slower on MPS alone."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def settle(config: Config, device: torch.device, images: int, saved: dict[str, Any] | None) -> Config:
     """Replace each `auto` of the recipe, by what the run began with or else by what suits the device.
 
@@ -195,36 +186,36 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
     if config.batch_size > images:
         print(f"notice: --batch-size {config.batch_size} is brought down to the {images} training images")
         config = replace(config, batch_size=images)
-    fast_bf16 = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
+    if device.type == "cuda":
+        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast_bf16 = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes the time of 100,000
-    choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"}
-    auto = {key: (saved or choices)[key] for key in choices if getattr(config, key) == "auto"}
-    return replace(config, **auto)
+    choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"} | (saved or {})
+    config = replace(
+        config, **{key: choices[key] for key in ("precision", "compile") if getattr(config, key) == "auto"}
+    )
+    if config.compile == "on" and not saved and not can_compile(device):
+        config = replace(config, compile="off")
+    return config
 
 
-def describe_device(device: torch.device, config: Config) -> str:
-    """One line: which device, why, and how it is used."""
-    reason = "asked for" if config.device != "auto" else "the best found of cuda, mps, cpu"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    compiled = {"on": "compiled", "off": "not compiled"}[config.compile]
-    return f"{device.type} ({reason}), {name}, {torch.get_num_threads()} threads, {config.precision}, {compiled}"
-
-
-def compile_where_possible(function: Callable, config: Config) -> Callable:
-    """Compile `function` if the configuration says so; without a working compiler say it in one line and go on."""
-    if config.compile == "off":
-        return function
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Try to compile something small; where that fails, say so in one line."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(8))
-    except Exception as error:  # whatever is missing: a C++ compiler, its headers, a backend
-        reason = str(error).strip().splitlines()[0]
-        print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({reason})")
-        return function
-    return torch.compile(function, dynamic=False)
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever is missing: a C++ compiler, its headers, Triton
+        print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({first_line(error)})")
+        return False
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Data
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -262,19 +253,21 @@ def load_data(config: Config, device: torch.device) -> Data:
         raise RunError(f"{source}: at least 2 training images are needed, got {len(train[1])}")
     digest = hashlib.sha256(repr(classes).encode())
     for array in (*train, *test):
-        digest.update(np.ascontiguousarray(array))
-    mean, std = channel_statistics(train[0])
+        digest.update(array)
+    fingerprint = f"{len(train[1])} + {len(test[1])} images, {digest.hexdigest()[:16]}"
     tensors = [torch.from_numpy(array).to(device) for array in (*train, *test)]
-    return Data(source, classes, *tensors, mean, std, digest.hexdigest())
+    return Data(source, classes, *tensors, *channel_statistics(train[0]), fingerprint)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel in 0..1, exactly, from the counts of the 256 values."""
-    counts = np.stack([np.bincount(images[..., channel].ravel(), minlength=256) for channel in range(3)])
+    counts = np.zeros((3, 256))
+    for batch in np.array_split(images, len(images) // 1000 + 1):
+        counts += [np.bincount(batch[..., channel].ravel(), minlength=256) for channel in range(3)]
     values, pixels = np.arange(256) / 255, counts[0].sum()
     mean = counts @ values / pixels
-    std = np.sqrt(counts @ values**2 / pixels - mean**2)
-    return mean.tolist(), np.maximum(std, 1 / 255).tolist()
+    variance = counts @ values**2 / pixels - mean**2
+    return mean.tolist(), np.sqrt(np.maximum(variance, 1e-5)).tolist()
 
 
 def split_holdout(train: Arrays, count: int, classes: int) -> tuple[Arrays, Arrays]:
@@ -291,14 +284,12 @@ def split_holdout(train: Arrays, count: int, classes: int) -> tuple[Arrays, Arra
 
 def synthetic_images(config: Config) -> tuple[list[str], Arrays, Arrays]:
     """Make noisy images of ten random patterns, one for each class."""
-    generator = np.random.default_rng(0)
-    size = config.image_size
-    patterns = generator.integers(64, 192, (10, size, size, 3))
+    generator, shape = np.random.default_rng(0), (config.image_size, config.image_size, 3)
+    patterns = generator.integers(0, 128, (10, *shape), dtype=np.uint8)
 
     def draw(count: int) -> Arrays:
-        labels = np.arange(count) % 10
-        noise = generator.integers(-64, 64, (count, size, size, 3))
-        return (patterns[labels] + noise).astype(np.uint8), labels
+        labels = np.arange(count, dtype=np.int64) % 10
+        return patterns[labels] + generator.integers(0, 128, (count, *shape), dtype=np.uint8), labels
 
     return [f"pattern {label}" for label in range(10)], draw(1280), draw(320)
 
@@ -309,61 +300,62 @@ def fit_image(image: Image.Image, size: int) -> Image.Image:
     This is the one rule for training images, test images and prediction.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
-    if image.size != (size, size):
-        image = center_crop(resize(image, size), [size, size])
-    return image
+    return image if image.size == (size, size) else center_crop(resize(image, size), [size, size])
 
 
 def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
     """Decode <data-dir>/train and /test, ordered by (file name, class), or take them from the cache beside them."""
     root, size = config.data_dir, config.image_size
     try:
-        train, test = (ImageFolder(str(root / split)) for split in ("train", "test"))
+        folders = [ImageFolder(str(root / split)) for split in ("train", "test")]
     except FileNotFoundError as error:  # no train or test, no class, or an empty one
         raise RunError(f"{root}: {error}") from None
-    if train.classes != test.classes:
-        raise RunError(f"{root}: train has the classes {train.classes}, test has {test.classes}")
-    splits = [sorted(split.samples, key=lambda item: (Path(item[0]).name, item[1])) for split in (train, test)]
-    check_memory(sum(map(len, splits)), size, root)
-    listing = hashlib.sha256(repr((FORMAT, train.classes, size)).encode())
-    for path, label in splits[0] + splits[1]:
-        status = os.stat(path)
-        listing.update(f"{os.path.relpath(path, root)}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    key, cache = listing.hexdigest(), root / f".cache-{size}px.npz"
-    images = read_cache(cache, key)
+    classes = folders[0].classes
+    if other := set(classes) ^ set(folders[1].classes):
+        raise RunError(f"{root}: only one of train and test has {', '.join(sorted(other))}")
+    splits = [sorted(split.samples, key=lambda item: (Path(item[0]).name, item[1])) for split in folders]
+    shapes = [(len(split), size, size, 3) for split in splits]
+    check_memory(root, sum(map(math.prod, shapes)))
+    files = [(os.path.relpath(path, root), label, os.stat(path)) for path, label in splits[0] + splits[1]]
+    listing = [(path, label, status.st_size, status.st_mtime_ns) for path, label, status in files]
+    key = hashlib.sha256(repr((FORMAT, classes, size, listing)).encode()).hexdigest()
+    cache = root / f".cache-{size}px.npz"
+    images = read_cache(cache, key, shapes)
     if images is None:
-        with tqdm(total=sum(map(len, splits)), desc="reading images", unit="", leave=False, disable=None) as bar:
+        with tqdm(total=len(files), desc="reading images", unit="", leave=False, disable=None) as bar:
             images = [decode([path for path, _ in split], size, bar) for split in splits]
-        with contextlib.suppress(OSError), replacing(cache) as file:  # a read-only folder is just slower next time
+        with contextlib.suppress(RunError), replacing(cache) as file:  # a read-only folder is just slower next time
             np.savez(file, key=key, train=images[0], test=images[1])
     labels = [np.array([label for _, label in split], dtype=np.int64) for split in splits]
-    return train.classes, (images[0], labels[0]), (images[1], labels[1])
+    return classes, (images[0], labels[0]), (images[1], labels[1])
 
 
-def check_memory(count: int, size: int, root: Path) -> None:
-    """Refuse images that would take more than half of this machine's memory."""
-    needed = count * size * size * 3
+def check_memory(root: Path, needed: int) -> None:
+    """Refuse images whose `needed` bytes are more than half of this machine's memory."""
+    memory = math.inf
     with contextlib.suppress(AttributeError, ValueError, OSError):  # not every system tells its memory
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory / 2:
-            raise RunError(
-                f"{root}: {count} images of {size} pixels take {needed / 2**30:.1f} GiB, "
-                f"more than half of this machine's {memory / 2**30:.1f} GiB; a smaller --image-size takes less"
-            )
+    if needed > memory / 2:
+        raise RunError(
+            f"{root}: its images take {needed / 2**30:.1f} GiB at this size, more than half of the "
+            f"{memory / 2**30:.1f} GiB here; a smaller --image-size takes less"
+        )
 
 
-def read_cache(path: Path, key: str) -> list[np.ndarray] | None:
+def read_cache(path: Path, key: str, shapes: list[tuple[int, ...]]) -> list[np.ndarray] | None:
     """Return the decoded images, or None where there is no cache, or a damaged one, or one of other files."""
     try:
         with np.load(path, allow_pickle=False) as cache:  # a zip archive, whose checksums are verified
-            return [cache["train"], cache["test"]] if str(cache["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = [cache["train"], cache["test"]]
+            fresh = str(cache["key"]) == key and [array.shape for array in arrays] == shapes
+    except Exception:  # a damaged file can fail anywhere in the parsers
         return None
+    return arrays if fresh else None
 
 
 def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
@@ -373,8 +365,8 @@ def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
         try:
             with Image.open(path) as image:
                 images[index] = np.asarray(fit_image(image, size))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise RunError(f"{path}: not a readable image ({error})") from None
+        except Exception as error:  # a damaged file can fail anywhere in the decoders
+            raise RunError(f"{path}: not a readable image ({first_line(error)})") from None
         bar.update()
     return images
 
@@ -382,28 +374,36 @@ def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
 def read_cifar10(config: Config) -> tuple[list[str], Arrays, Arrays]:
     """Read the official batches, each after its MD5; fetch them first where one is missing or damaged."""
     try:
-        splits = [CIFAR10(config.data_dir, train=train) for train in (True, False)]
+        splits = official_batches(config.data_dir)
     except RuntimeError:
-        fetch_cifar10(config.data_dir, config.data_url)
-        splits = [CIFAR10(config.data_dir, train=train) for train in (True, False)]
-    train, test = ((split.data, np.array(split.targets, dtype=np.int64)) for split in splits)
+        splits = fetch_cifar10(config.data_dir, config.data_url)
+    train, test = ((np.ascontiguousarray(split.data), np.array(split.targets, dtype=np.int64)) for split in splits)
     return list(splits[0].classes), train, test
 
 
-def fetch_cifar10(root: Path, url: str) -> None:
+def official_batches(root: Path) -> list[CIFAR10]:
+    return [CIFAR10(root, train=train) for train in (True, False)]
+
+
+def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
     """Extract the official archive into `root`, downloading it if it is not there. One process at a time does so."""
     archive = root / CIFAR10.filename
     try:
         root.mkdir(parents=True, exist_ok=True)
         with exclusive(root / ".download.lock", wait=True):
+            with contextlib.suppress(RuntimeError):
+                return official_batches(root)  # another process was faster
             if not check_integrity(archive, CIFAR10.tgz_md5):
+                print(f"downloading CIFAR-10 (170 MB) from {url} to {root}", flush=True)
                 download(url, archive, CIFAR10.tgz_md5)
-            CIFAR10(root, download=True)  # finds the archive, or what another process has extracted
-    except (OSError, ValueError, http.client.HTTPException) as error:
+            extract_archive(archive, root)
+            return official_batches(root)
+    except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
         raise RunError(
-            f"CIFAR-10 is not in {root} and cannot be had from {url} ({error}). Ways on: put {CIFAR10.filename} (MD5 "
-            f"{CIFAR10.tgz_md5}) into {root}; name a mirror with --data-url; point --data-dir to a folder with train/ "
-            "and test/ that hold a folder of images for each class; try the installation with --synthetic"
+            f"CIFAR-10 is not in {root} and cannot be had from {url} ({first_line(error)}). Ways on: put "
+            f"{CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into {root}; name a mirror with --data-url; point --data-dir "
+            "to a folder with train/ and test/ that hold a folder of images for each class; try the installation "
+            "with --synthetic"
         ) from None
 
 
@@ -413,29 +413,33 @@ def download(url: str, archive: Path, md5: str) -> None:
     Raises:
         OSError: if a try brings nothing new (30 seconds without a byte end it), or if the MD5 is another.
     """
-    part = archive.with_name(archive.name + ".part")
+    part, longest = archive.with_name(archive.name + ".part"), -1
     while not check_integrity(part, md5):
         size = part.stat().st_size if part.exists() else 0
+        if size <= longest:
+            raise OSError(f"the connection broke after {size:,} bytes")
+        longest = size
         request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-        with contextlib.ExitStack() as stack:
-            response = stack.enter_context(urllib.request.urlopen(request, timeout=30))
-            file = stack.enter_context(open(part, "ab" if response.status == 206 else "wb"))
-            start, length = file.tell(), int(response.headers["Content-Length"] or 0)
-            bar = tqdm(total=start + length, initial=start, desc=f"downloading {url}", unit="B", unit_scale=True)
-            with bar, contextlib.suppress(OSError, http.client.HTTPException):  # cut or stalled: go on from there
-                while block := response.read(1 << 16):
-                    bar.update(file.write(block))
-            end = file.tell()
-        if end == start:
-            raise OSError(f"the connection broke after {start:,} of {start + length:,} bytes")
-        if end >= start + length and not check_integrity(part, md5):
+        try:
+            response = urllib.request.urlopen(request, timeout=30)
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # what lies there is no beginning of this file
+                part.unlink()
+            raise
+        start = size if response.status == 206 else 0
+        whole = start + int(response.headers["Content-Length"] or 0)
+        bar = tqdm(total=whole or None, initial=start, unit="B", unit_scale=True, leave=False, disable=None)
+        cut = contextlib.suppress(TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException)
+        with response, bar, open(part, "ab" if start else "wb") as file, cut:
+            while block := response.read(1 << 16):
+                bar.update(file.write(block))
+        if part.stat().st_size >= whole > start and not check_integrity(part, md5):
             part.unlink()
             raise OSError(f"the MD5 of what came is not {md5}")
     os.replace(part, archive)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Augmentation
+# ---- Augmentation --------------------------------------------------------------------------------------------------
 
 
 def random_generator(seed: int, epoch: int) -> torch.Generator:
@@ -483,17 +487,14 @@ def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Te
     mean, std = (torch.tensor(values, device=device) * 255 for values in (data.mean, data.std))
 
     def forward(images: Tensor) -> Tensor:
-        inputs = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # (N, 3, H, W), channels_last in memory
-        if device.type == "mps":  # where channels_last is slow
-            inputs = inputs.contiguous()
+        inputs = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # (N, 3, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return network(inputs).float()
+            return network(inputs.contiguous(memory_format=layout(device))).float()
 
     return forward
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Summary
+# ---- Summary -------------------------------------------------------------------------------------------------------
 
 
 def named_parts(network: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -520,19 +521,20 @@ def count_macs(network: nn.Module, image_size: int) -> dict[str, int]:
 
 def print_summary(network: nn.Module, image_size: int) -> None:
     """Print kind, output shape, parameters and MACs of each part, and the totals."""
-    macs, shapes = count_macs(network, image_size), {}
-    for name, part in named_parts(network):
-        part.register_forward_hook(lambda _part, _inputs, output, name=name: shapes.update({name: output.shape[1:]}))
-    network.eval()(torch.zeros(1, 3, image_size, image_size))
+    macs = count_macs(network, image_size)
+
+    def show(name: str, part: nn.Module, _inputs: Any, output: Tensor) -> None:
+        kind, shape = getattr(part, "kind", type(part).__name__), " x ".join(map(str, output.shape[1:]))
+        print(f"{name:<12}{kind:<20}{shape:<16}{count_parameters(part):>12,}{macs.get(name, 0):>14,}")
+
     print(f"{'layer':<12}{'kind':<20}{'output':<16}{'parameters':>12}{'MACs':>14}")
     for name, part in named_parts(network):
-        kind, shape = getattr(part, "kind", type(part).__name__), " x ".join(map(str, shapes[name]))
-        print(f"{name:<12}{kind:<20}{shape:<16}{count_parameters(part):>12,}{macs.get(name, 0):>14,}")
+        part.register_forward_hook(functools.partial(show, name))
+    network.eval()(torch.zeros(1, 3, image_size, image_size))
     print(f"{'total':<48}{count_parameters(network):>12,}{macs['']:>14,}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Optimizer
+# ---- Optimizer -----------------------------------------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -615,8 +617,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return min((step + 1) / (rise + 1), (steps - step) / (steps - rise))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -626,12 +627,6 @@ class State:
     raw: nn.Module
     averaged: nn.Module
     optimizers: list[torch.optim.Optimizer]
-
-
-def begin(network: nn.Module, config: Config, device: torch.device) -> State:
-    memory_format = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    network = network.to(device, memory_format=memory_format)
-    return State(network, copy.deepcopy(network), make_optimizers(network, config))
 
 
 def train_epoch(
@@ -651,7 +646,8 @@ def train_epoch(
     losses = torch.zeros(steps, device=device)
     checked = time.monotonic()
     for step in range(steps):
-        rate = schedule((epoch - 1) * steps + step, total, config.warmup)
+        done = (epoch - 1) * steps + step
+        rate = schedule(done, total, config.warmup)
         batch = slice(step * config.batch_size, (step + 1) * config.batch_size)
         images = augment(data.train_images, drawn, batch, config)
         loss = loss_of(images, data.train_labels[drawn["order"][batch]])
@@ -663,7 +659,7 @@ def train_epoch(
                 group["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(*averaging, 1 / max(1.0, config.average * total))
+        torch._foreach_lerp_(*averaging, max(1 / max(1.0, config.average * total), 10 / (10 + done)))
         losses[step] = loss.detach()
         bar.update()
         if step == steps - 1 or time.monotonic() - checked > 10:  # seconds; reading a loss waits for the device
@@ -686,8 +682,17 @@ def check_losses(losses: Tensor, epoch: int, rate: float) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Evaluation
+def check_weights(state: State, epoch: int) -> None:
+    """Stop if a weight or BN statistic is not finite, which a finite loss can hide."""
+    for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
+        for name, tensor in network.state_dict().items():
+            if not tensor.isfinite().all():
+                raise RunError(
+                    f"{name} of the {weights} weights is not finite after epoch {epoch}, which was not saved"
+                )
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------------
 
 HEADLINE = "averaged"  # the weights a result is quoted for: chosen on held-out images, never on the test set
 
@@ -698,15 +703,15 @@ def accuracy_name(config: Config) -> str:
 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor, data: Data, config: Config, *, flip: bool = False) -> Tensor:
-    """Return the logits of all images, float32 (N, classes), those of the reflected images if `flip`."""
+    """Return the logits of all images, float32 (N, classes) on the CPU, those of the reflected images if `flip`."""
     network.eval()
     forward = make_forward(network, data, config)
-    return torch.cat([forward(batch.flip(2) if flip else batch) for batch in images.split(250)])
+    return torch.cat([forward(batch.flip(2) if flip else batch) for batch in images.split(250)]).cpu()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Return top-1 accuracy in per cent."""
-    return 100 * (logits.argmax(1) == labels).double().mean().item()
+    return 100 * (logits.argmax(1) == labels.cpu()).sum().item() / len(labels)
 
 
 def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
@@ -715,7 +720,7 @@ def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
     Test-time augmentation averages the logits of an image and of its reflection. Per-class accuracies and the
     confusion matrix (rows: true classes) are those of the headline weights without it.
     """
-    labels, classes, accuracies = data.test_labels, len(data.classes), {}
+    labels, classes, accuracies = data.test_labels.cpu(), len(data.classes), {}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
         logits = predict(network, data.test_images, data, config)
         mirrored = predict(network, data.test_images, data, config, flip=True)
@@ -730,13 +735,16 @@ def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoint
+# ---- Checkpoint ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that takes the place of `path` only when it is whole and on the disk; else nothing changes."""
+    """Write a file that takes the place of `path` only when it is whole and on the disk; else nothing changes.
+
+    Raises:
+        RunError: naming `path` and the cause, if it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -744,13 +752,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        if os.name == "posix":
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
 
 
 @contextlib.contextmanager
@@ -763,19 +774,13 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, state: State, epoch: int, about: dict[str, Any]) -> None:
-    """Save plain types and tensors that hold no time of day, so that equal runs give equal bytes.
-
-    Raises:
-        RunError: if a weight or BN statistic is not finite; nothing is saved then.
-    """
+    """Save plain types and tensors that hold no time of day, so that equal runs give equal bytes."""
     weights = {"model": state.raw.state_dict(), "averaged": state.averaged.state_dict()}
-    for kind, tensors in weights.items():
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise RunError(f"{name} of the {kind} weights is no longer finite; epoch {epoch} was not saved")
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    buffer = io.BytesIO()  # torch.save to a file would hide why the disk refuses it
+    torch.save(plain({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}), buffer)
     with replacing(path) as file:
-        torch.save(plain({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}), file)
+        file.write(buffer.getbuffer())
 
 
 def plain(value: Any) -> Any:
@@ -787,27 +792,33 @@ def plain(value: Any) -> Any:
     return sys.intern(value) if isinstance(value, str) else value
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or foreign checkpoint raises into one line."""
+    try:
+        yield
+    except Exception as error:  # it can fail anywhere in the parsers
+        raise RunError(f"{path}: not a usable checkpoint ({first_line(error)}); {WAYS_ON}") from None
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint to the CPU after its checksums, without ever running code from it.
 
     Raises:
         RunError: naming the file, if it is damaged, of another program, or of a newer format.
     """
-    try:
+    with reading(path):
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         content.seek(0)
         saved = torch.load(content, map_location="cpu", weights_only=True)
+        if missing := {"format", "variant", "network", "recipe", "data", "epoch", "model", "averaged"} - saved.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         if saved["format"] > FORMAT:
             raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
-        if missing := {"variant", "network", "recipe", "data", "epoch", "model", "averaged"} - saved.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except Exception as error:  # a damaged file can fail anywhere in the parsers
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RunError(f"{path}: not a usable checkpoint ({reason}); --fresh replaces it") from None
-    return saved
+        return saved
 
 
 def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> None:
@@ -815,34 +826,25 @@ def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> 
     then, now = (
         {"variant": run["variant"], "data": run["data"], **run["network"], **run["recipe"]} for run in (saved, about)
     )
-    differences = [
-        f"{name} was {then.get(name)} and is now {now.get(name)}"
-        for name in then | now
-        if then.get(name) != now.get(name)
-    ]
-    if differences:
-        raise RunError(
-            f"{path} is of another run: {'; '.join(differences)}. Give this run a place of its own with --output-dir, "
-            "or replace that one with --fresh"
-        )
+    keys = [key for key in then | now if then.get(key) != now.get(key)]
+    if keys:
+        changed = "; ".join(f"{key} was {then.get(key)} and is now {now.get(key)}" for key in keys)
+        raise RunError(f"{path} is of another run: {changed}; {WAYS_ON}")
 
 
 def restore(path: Path, saved: dict[str, Any], state: State) -> None:
     """Put weights and optimizer states back; other names or shapes are refused."""
-    try:
+    with reading(path):
         state.raw.load_state_dict(saved["model"])
         state.averaged.load_state_dict(saved["averaged"])
         for optimizer, tensors in zip(state.optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(tensors)
             for parameter, values in optimizer.state.items():
                 if any(value.ndim and value.shape != parameter.shape for value in values.values()):
-                    raise ValueError("the optimizer's state has other shapes")
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(f"{path}: does not fit the network ({str(error).splitlines()[0]})") from None
+                    raise ValueError("the optimizer's state has other shapes than the weights")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Run
+# ---- Run -----------------------------------------------------------------------------------------------------------
 
 
 def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], config: Config) -> None:
@@ -858,8 +860,8 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     saved = load_checkpoint(path) if path.exists() and not config.fresh else None
     if config.evaluate:
         if saved is None:
-            raise RunError(f"--evaluate: there is no {path}")
-        config = replace(config, **saved["recipe"])
+            raise RunError(f"--evaluate: there is no {path}, or --fresh would have it replaced")
+        config = replace(config, **{key: saved["recipe"][key] for key in config.recipe() if key in saved["recipe"]})
 
     # Data and network
     data = load_data(config, device)
@@ -876,20 +878,31 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         "std": data.std,
     }
     torch.manual_seed(config.seed)
-    state = begin(build(num_classes=len(data.classes), **arguments), config, device)
+    network = build(num_classes=len(data.classes), **arguments).to(device, memory_format=layout(device))
+    state = State(network, copy.deepcopy(network), make_optimizers(network, config))
     if saved:
         check_same_run(path, saved, about)
         restore(path, saved, state)
+    done = saved["epoch"] if saved else 0
+
+    # What is about to happen
+    reason = "the best found of cuda, mps, cpu" if config.device == "auto" else "asked for"
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     facts = {
-        "parameters": count_parameters(state.raw),
-        "macs": count_macs(state.raw, config.image_size)[""],
-        "device": describe_device(device, config),
+        "parameters": count_parameters(network),
+        "macs": count_macs(network, config.image_size)[""],
+        "device": f"{device.type} ({reason}), {chip}, {torch.get_num_threads()} threads, {config.precision}, "
+        f"compilation {config.compile}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}",
         "data": f"{data.source}: {len(data.train_images):,} training images, {len(data.test_images):,} for evaluation",
     }
-    done = saved["epoch"] if saved else 0
-    print_header(name, facts, config, done)
+    print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
+    print(*(f"{key}: {facts[key]}" for key in ("device", "versions", "data")), sep="\n")
+    doing = "evaluating" if config.evaluate else "training" if done < config.epochs else "nothing to train"
+    print(f"{doing}: {done} of {config.epochs} epochs done in {config.output_dir}", flush=True)
+    if 0 < done < config.epochs and not config.evaluate:
+        print(f"continuing after epoch {done}: bit for bit on the same machine, device, versions and thread count")
 
     # Training, evaluation, report
     seconds = 0.0 if config.evaluate else train(state, data, config, about, done)
@@ -899,72 +912,84 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     if config.synthetic:
         print("the images are made up: this accuracy means nothing")
     if not config.evaluate:
-        configuration = {key: str(item) if isinstance(item, Path) else item for key, item in asdict(config).items()}
         report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
-        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": configuration}
+        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": asdict(config)}
         with replacing(config.output_dir / "summary.json") as file:
-            file.write(json.dumps(report, indent=2).encode())
+            file.write(json.dumps(report, indent=2, default=str).encode())
         print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")
-
-
-def print_header(name: str, facts: dict[str, Any], config: Config, done: int) -> None:
-    print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
-    for key in ("device", "versions", "data"):
-        print(f"{key}: {facts[key]}")
-    if config.evaluate:
-        print(f"evaluating {config.output_dir}, epoch {done} of {config.epochs}")
-    elif done == config.epochs:
-        print(f"{config.output_dir} is finished: nothing to train")
-    else:
-        print(
-            f"training {config.epochs} epochs in {config.output_dir}"
-            + (f", continuing after epoch {done}" if done else "")
-        )
 
 
 def train(state: State, data: Data, config: Config, about: dict[str, Any], done: int) -> float:
     """Train what is left, with a row of metrics.csv and a checkpoint after each epoch; return the seconds in all."""
-    path, table = config.output_dir / "checkpoint.pt", config.output_dir / "metrics.csv"
-    lines = table.read_text().splitlines() if done and table.exists() else []
-    rows = [row for row in csv.DictReader(lines) if int(row["epoch"]) <= done]  # one may be ahead of the checkpoint
+    path, table, summary = (config.output_dir / name for name in ("checkpoint.pt", "metrics.csv", "summary.json"))
     if not done:
-        path.unlink(missing_ok=True)
+        for old in (path, table, summary):
+            old.unlink(missing_ok=True)
+    names = f"epoch,learning_rate,loss,{accuracy_name(config)},weights,images_per_second,seconds"
+    lines = table.read_text().splitlines()[1 : done + 1] if table.exists() else []  # one may be ahead of the checkpoint
     forward, headline = make_forward(state.raw, data, config), getattr(state, HEADLINE)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
     if done < config.epochs:
-        loss_of = compile_where_possible(loss_of, config)
-        name = f"{accuracy_name(config)} ({HEADLINE})"
-        print(f"epoch  learning rate     loss  {name:>27}  images/s  seconds", flush=True)
+        if config.compile == "on" and can_compile(data.train_images.device):
+            loss_of = torch.compile(loss_of, dynamic=False)
+        column = f"{accuracy_name(config)} ({HEADLINE})"
+        print(f"epoch  learning rate     loss  {column:>27}  images/s  seconds", flush=True)
     steps = len(data.train_images) // config.batch_size
     with tqdm(total=config.epochs * steps, initial=done * steps, unit="step", leave=False, disable=None) as bar:
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             loss, rate = train_epoch(state, loss_of, data, config, epoch, bar)
+            check_weights(state, epoch)
             speed = steps * config.batch_size / (time.perf_counter() - start)
             result = accuracy(predict(headline, data.test_images, data, config), data.test_labels)
             seconds, rate = time.perf_counter() - start, rate * config.learning_rate
-            row = {"epoch": epoch, "learning_rate": f"{rate:.6f}", "loss": f"{loss:.4f}"}
-            row |= {accuracy_name(config): f"{result:.2f}", "weights": HEADLINE}
-            row |= {"images_per_second": f"{speed:.1f}", "seconds": f"{seconds:.1f}"}
-            rows.append(row)
-            write_table(table, rows)
+            lines.append(f"{epoch},{rate:.6f},{loss:.4f},{result:.2f},{HEADLINE},{speed:.1f},{seconds:.1f}")
+            with replacing(table) as file:
+                file.write("\n".join([names, *lines, ""]).encode())
             save_checkpoint(path, state, epoch, about)
-            text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
-            bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
-    return sum(float(row["seconds"]) for row in rows)
+            with tqdm.external_write_mode():
+                text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
+                print(text, flush=True)
+    return sum(float(line.rsplit(",", 1)[1]) for line in lines)
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+@contextlib.contextmanager
+def failures_in_one_line(config: Config) -> Iterator[None]:
+    """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C; never with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(
+            "interrupted; the same command (without --fresh) continues after the last finished epoch", file=sys.stderr
+        )
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't alloc", str(error))):
+            raise
+        sys.exit(f"error: out of memory; a --batch-size smaller than {config.batch_size} needs less")
+
+
+@contextlib.contextmanager
+def writing_alone(directory: Path) -> Iterator[None]:
+    """Make sure, before any work, that a run can be kept in `directory`, and that no other run writes there."""
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(directory / ".lock", wait=False))
+        except BlockingIOError:
+            raise RunError(f"--output-dir {directory}: another run is writing there") from None
+        except OSError as error:
+            raise RunError(f"--output-dir {directory}: {error.strerror}") from None
+        yield
 
 
 def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
@@ -976,17 +1001,8 @@ def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
         arguments: Plain values, kept in the checkpoint.
     """
     config = parse_command_line(name)
-    try:
-        with contextlib.ExitStack() as stack:
-            if not (config.summary or config.evaluate):
-                config.output_dir.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(exclusive(config.output_dir / ".lock", wait=False))
-                except BlockingIOError:
-                    raise RunError(f"{config.output_dir}: another run is writing there") from None
-            run(name, build, arguments, config)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues after the last finished epoch", file=sys.stderr)
-        sys.exit(130)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a path that the terminal cannot show
+    alone = contextlib.nullcontext() if config.summary or config.evaluate else writing_alone(config.output_dir)
+    with failures_in_one_line(config), alone:
+        run(name, build, arguments, config)

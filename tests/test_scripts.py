@@ -82,27 +82,80 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
     assert (output / "checkpoint.pt").read_bytes() == content
 
 
-@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
-def test_a_killed_run_continues_to_the_bytes_of_an_undisturbed_one(variant, folders, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert run_script(variant, *flags(folders, undisturbed, 3)).returncode == 0
-    process = subprocess.Popen(
-        command(variant, *flags(folders, killed, 3)),
+def start(variant, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(variant, *arguments),
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoint.pt").exists() and time.monotonic() < deadline:
+
+
+def wait_for(path, process):
+    """Wait until the running process has written `path`."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert common.load_checkpoint(killed / "checkpoint.pt")["epoch"] < 3
-    result = run_script(variant, *flags(folders, killed, 3))
+
+
+def check_kill_and_continue(variant, folders, tmp_path, *more):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert run_script(variant, *flags(folders, undisturbed, 4), *more).returncode == 0
+    process = start(variant, *flags(folders, killed, 4), *more)
+    wait_for(killed / "checkpoint.pt", process)
+    process.kill()
+    process.communicate()
+    assert common.load_checkpoint(killed / "checkpoint.pt")["epoch"] < 4
+    result = run_script(variant, *flags(folders, killed, 4), *more)
     assert "continuing after epoch" in result.stdout
     assert (killed / "checkpoint.pt").read_bytes() == (undisturbed / "checkpoint.pt").read_bytes()
     rows = [list(csv.reader((run / "metrics.csv").open())) for run in (killed, undisturbed)]
     assert [row[:5] for row in rows[0]] == [row[:5] for row in rows[1]]
+
+
+@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
+def test_a_killed_run_continues_to_the_bytes_of_an_undisturbed_one(variant, folders, tmp_path):
+    check_kill_and_continue(variant, folders, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
+def test_a_killed_run_continues_to_the_same_bytes_when_compiled_in_bfloat16(variant, folders, tmp_path):
+    check_kill_and_continue(variant, folders, tmp_path, "--compile", "on", "--precision", "bf16", "--threads", 2)
+
+
+def test_ctrl_c_ends_in_one_line_with_status_130(folders, tmp_path):
+    process = start("baseline", *flags(folders, tmp_path / "run", 1000))
+    wait_for(tmp_path / "run" / "checkpoint.pt", process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.count("\n") == 1
+    assert errors.startswith("interrupted")
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_reader_that_goes_away_causes_no_traceback(tmp_path):
+    process = start("baseline", "--synthetic", "--output-dir", tmp_path / "run")
+    process.stdout.close()  # as `| head` does
+    assert "Traceback" not in process.stderr.read()
+    assert process.wait() == 1
+
+
+def test_a_held_out_accuracy_is_called_so_everywhere(folders, tmp_path):
+    result = run_script("enhanced", *flags(folders, tmp_path / "run", 1), "--holdout", 6)
+    assert result.returncode == 0, result.stderr
+    assert "test_accuracy" not in result.stdout
+    assert result.stdout.count("holdout_accuracy") == 5
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "holdout_accuracy" in summary
+    assert "test_accuracy" not in summary
+    assert "holdout_accuracy" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
 
 
 def test_the_summary_needs_no_data_and_adds_up(tmp_path):

@@ -20,8 +20,8 @@ from torchvision.ops import Conv2dNormActivation
 
 import common
 
-# --------------------------------------------------------------------------------------------------------------------
-# The architecture: Conv-Small as in the authors' configuration, one row per layer or block, none differing from the
+# ---- The architecture ----------------------------------------------------------------------------------------------
+# Conv-Small as in the authors' configuration, one row per layer or block, none of which differs from the
 # paper. The stem is stage 0. The stride of a stage is that of its first row; every other row has stride 1. In
 # BLOCKS a kernel of 0 means that the block has no such depthwise convolution. `out` is multiplied by the width.
 
@@ -58,8 +58,9 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Layers
+# ---- Layers --------------------------------------------------------------------------------------------------------
+
+Activation = Callable[[], nn.Module]  # a class such as nn.ReLU6, called without arguments
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -72,15 +73,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
-        super().__init__(
-            channels,
-            channels,
-            kernel_size,
-            stride,
-            padding=kernel_size // 2,
-            groups=channels,
-            bias=False,
-        )
+        super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
@@ -89,12 +82,7 @@ class DepthwiseConv2d(nn.Conv2d):
             return super().forward(x.to(self.weight.dtype))
 
 
-def depthwise(
-    channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    activation: Callable[[], nn.Module] | None = None,
-) -> nn.Module:
+def depthwise(channels: int, kernel_size: int, stride: int = 1, activation: Activation | None = None) -> nn.Module:
     """Depthwise convolution -> BN [-> activation], or nothing at all where `kernel_size` is 0."""
     if kernel_size == 0:
         return nn.Identity()
@@ -111,16 +99,9 @@ class ConvBNActivation(Conv2dNormActivation):
         out_channels: int,
         kernel_size: int = 1,
         stride: int = 1,
-        activation: Callable[[], nn.Module] | None = None,
+        activation: Activation | None = None,
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            activation_layer=activation,
-            inplace=None,
-        )
+        super().__init__(in_channels, out_channels, kernel_size, stride, activation_layer=activation, inplace=None)
 
     @property
     def kind(self) -> str:
@@ -152,7 +133,7 @@ class UniversalInvertedBottleneck(nn.Module):
         middle: int,
         stride: int,
         expansion: float,
-        activation: Callable[[], nn.Module],
+        activation: Activation,
     ) -> None:
         super().__init__()
         if stride not in (1, 2):
@@ -160,12 +141,9 @@ class UniversalInvertedBottleneck(nn.Module):
         if stride > 1 and not (start or middle):
             raise ValueError(f"a block without depthwise convolutions cannot have stride {stride}")
         expanded = make_divisible(in_channels * expansion)
-        self.kind = {
-            (True, True): "ExtraDW",
-            (False, True): "IB",
-            (True, False): "ConvNext",
-            (False, False): "FFN",
-        }[start > 0, middle > 0]
+        self.kind = {(True, True): "ExtraDW", (False, True): "IB", (True, False): "ConvNext", (False, False): "FFN"}[
+            start > 0, middle > 0
+        ]
         self.residual = stride == 1 and in_channels == out_channels
         self.start = depthwise(in_channels, start, 1 if middle else stride)
         self.expand = ConvBNActivation(in_channels, expanded, activation=activation)
@@ -180,8 +158,7 @@ class UniversalInvertedBottleneck(nn.Module):
         return x + y if self.residual else y
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The network
+# ---- The network ---------------------------------------------------------------------------------------------------
 
 
 class MobileNetV4(nn.Module):
@@ -204,7 +181,7 @@ class MobileNetV4(nn.Module):
         *,
         width: float = 1.15,
         strides: Sequence[int] = (1, 1, 2, 2, 2),
-        activation: Callable[[], nn.Module] = nn.ReLU6,
+        activation: Activation = nn.ReLU6,
         dropout: float = 0.1,
         block: Callable[..., nn.Module] = UniversalInvertedBottleneck,
     ) -> None:
@@ -214,10 +191,8 @@ class MobileNetV4(nn.Module):
                 "num_classes must be at least 1, width positive, strides five of 1 or 2, "
                 f"got {num_classes}, {width}, {tuple(strides)}"
             )
-        channels, stride = (
-            3,
-            dict(enumerate(strides)),
-        )  # a stage's first row takes its stride away
+        channels = 3
+        stride = dict(enumerate(strides))  # a stage's first row takes its stride away
         stages: list[list[nn.Module]] = [[], [], [], [], []]
         for stage, kernel, out in CONVOLUTIONS:
             out = make_divisible(out * width)
@@ -241,12 +216,8 @@ class MobileNetV4(nn.Module):
         head = make_divisible(HEAD * width)
         self.head = ConvBNActivation(channels, head, activation=activation)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        # The paper's 1 x 1 convolution of the pooled 1 x 1 map is this matrix product, which is 30 times faster as one.
-        self.features = nn.Sequential(
-            nn.Linear(head, FEATURES, bias=False),
-            nn.BatchNorm1d(FEATURES),
-            activation(),
-        )
+        # The paper's 1 x 1 convolution of the pooled 1 x 1 map is this matrix product, which costs far less as one.
+        self.features = nn.Sequential(nn.Linear(head, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), activation())
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(FEATURES, num_classes)
         initialize(self)
@@ -272,10 +243,7 @@ def initialize(network: nn.Module) -> None:
             fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(
-                module.weight,
-                std=math.sqrt(2 / module.out_features) if module.bias is None else 0.01,
-            )
+            nn.init.normal_(module.weight, std=math.sqrt(2 / module.out_features) if module.bias is None else 0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in network.modules():

@@ -6,19 +6,13 @@
 4,172,682 parameters. Measured accuracy and time: README.md. None of the three ideas is in the paper's Conv-Small.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import common
-from mobilenetv4_baseline import (
-    BLOCKS,
-    MobileNetV4,
-    UniversalInvertedBottleneck,
-    make_divisible,
-)
+from mobilenetv4_baseline import BLOCKS, Activation, MobileNetV4, UniversalInvertedBottleneck, make_divisible
 
 REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
 
@@ -26,8 +20,8 @@ REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507).
 
-    torchvision.ops.SqueezeExcitation with matrix products in place of its convolutions of a 1 x 1 map, which cost a
-    fifth of a training step on a CPU; the tests hold the two equal.
+    torchvision.ops.SqueezeExcitation with matrix products in place of its convolutions of a 1 x 1 map, which are slow
+    on a CPU; the tests hold the two equal.
 
     Args:
         channels: Channels of the input and the output.
@@ -57,13 +51,7 @@ class EnhancedBottleneck(UniversalInvertedBottleneck):
         others: As in UniversalInvertedBottleneck.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        squeeze_excitation: bool,
-        stochastic_depth: float,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, squeeze_excitation: bool, stochastic_depth: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         expanded = self.expand[0].out_channels
         squeeze = squeeze_excitation and kwargs["middle"] > 0
@@ -86,7 +74,7 @@ def enhanced_mobilenetv4(
     *,
     squeeze_excitation: bool = True,
     stochastic_depth: float = 0.1,
-    activation: Callable[[], nn.Module] = nn.SiLU,
+    activation: Activation = nn.SiLU,
     **network: Any,
 ) -> MobileNetV4:
     """Build the enhanced network; each idea can be switched off alone (False, 0.0, nn.ReLU6).
@@ -103,12 +91,7 @@ def enhanced_mobilenetv4(
     rates = iter([stochastic_depth * index / (len(BLOCKS) - 1) for index in range(len(BLOCKS))])
 
     def block(*args: Any, **kwargs: Any) -> EnhancedBottleneck:
-        return EnhancedBottleneck(
-            *args,
-            squeeze_excitation=squeeze_excitation,
-            stochastic_depth=next(rates),
-            **kwargs,
-        )
+        return EnhancedBottleneck(*args, squeeze_excitation=squeeze_excitation, stochastic_depth=next(rates), **kwargs)
 
     return MobileNetV4(num_classes, activation=activation, block=block, **network)
 

@@ -32,8 +32,7 @@ KINDS = {(3, 5): "ExtraDW", (0, 3): "IB", (5, 0): "ConvNext", (0, 0): "FFN"}  # 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Helpers, also of test_enhanced.py. Randomness is a function of a seed.
+# ---- Helpers, also of test_enhanced.py. Randomness is a function of a seed. ----------------------------------------
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -119,8 +118,7 @@ def loss_after_training(builder: Callable[..., MobileNetV4], steps: int = 40) ->
         return nn.functional.cross_entropy(network.eval()(images), labels).item()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Oracles: timm's network and the published sizes
+# ---- Oracles: timm's network and the published sizes ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -161,8 +159,7 @@ def test_defaults_are_the_documented_ones():
     assert build().dropout.p == 0.1
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The table
+# ---- The table -----------------------------------------------------------------------------------------------------
 
 
 def test_rows_have_the_kinds_of_the_papers_table():
@@ -203,8 +200,7 @@ def test_dropout_acts_on_the_features_in_training_only():
     torch.testing.assert_close(kept[kept != 0], 2 * features[kept != 0])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The block
+# ---- The block -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernels, kind", KINDS.items())
@@ -270,8 +266,7 @@ def test_expanded_width_is_a_multiple_of_8_made_from_the_input_channels():
     assert (block.expand[0].in_channels, block.expand[0].out_channels, block.project[0].in_channels) == (16, 40, 40)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Layers
+# ---- Layers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel_size, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
@@ -315,8 +310,7 @@ def test_make_divisible_is_nearest_at_least_the_divisor_and_never_below_90_perce
     assert [make_divisible(channels) for channels in (11, 18, 960 * 1.15)] == [16, 24, 1104]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Initialisation and training
+# ---- Initialisation and training -----------------------------------------------------------------------------------
 
 
 def test_initial_depthwise_convolutions_keep_the_scale_of_their_input():
@@ -347,8 +341,7 @@ def test_training_overfits_random_images():
     assert loss_after_training(MobileNetV4) < 0.1
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What the baseline is not
+# ---- What the baseline is not --------------------------------------------------------------------------------------
 
 
 def test_the_network_holds_no_layer_but_the_papers():

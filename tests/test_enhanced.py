@@ -44,8 +44,7 @@ def ideas_in(network: nn.Module) -> set[str]:
     return {idea for idea, found in present.items() if found}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The whole
+# ---- The whole -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width, parameters", [(1.0, 3_366_858), (1.15, 4_172_682)])
@@ -112,8 +111,7 @@ def test_training_overfits_random_images():
     assert loss_after_training(enhanced_mobilenetv4) < 0.1
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Squeeze-and-excitation
+# ---- Squeeze-and-excitation ----------------------------------------------------------------------------------------
 
 
 def torchvision_copy(ours: SqueezeExcitation) -> TorchvisionSqueezeExcitation:
@@ -175,8 +173,7 @@ def test_squeeze_excitation_costs_one_multiply_accumulate_per_weight():
     assert costs[1] - costs[0] == sum(p.numel() for gate in gates for p in gate.parameters() if p.dim() == 2)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Stochastic depth
+# ---- Stochastic depth ----------------------------------------------------------------------------------------------
 
 
 def activate_stochastic_depth(block: EnhancedBottleneck) -> EnhancedBottleneck:

@@ -54,8 +54,7 @@ def train(config: Config, data: Data | None = None, epochs: int | None = None):
     return state, losses
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Randomness and augmentation
+# ---- Randomness and augmentation -----------------------------------------------------------------------------------
 
 
 def test_an_epoch_is_a_fresh_permutation_that_depends_on_seed_and_epoch_alone():
@@ -113,8 +112,7 @@ def test_the_network_sees_normalised_images():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Optimizer and schedule
+# ---- Optimizer and schedule ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
@@ -192,8 +190,7 @@ def test_the_rate_rises_and_falls_in_lines_and_ends_near_zero():
     assert common.schedule(0, 1, 0.0) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training ------------------------------------------------------------------------------------------------------
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not():
@@ -278,8 +275,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_epoch_step_and_rate(value,
         common.check_losses(losses, 7, 0.02)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# ---- Evaluation ----------------------------------------------------------------------------------------------------
 
 
 class Oracle(nn.Module):

@@ -207,12 +207,12 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever is missing: a C++ compiler, its headers, Triton
-        print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({first_line(error)})")
+        print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({one_line(error)})")
         return False
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
             with Image.open(path) as image:
                 images[index] = np.asarray(fit_image(image, size))
         except Exception as error:  # a damaged file can fail anywhere in the decoders
-            raise RunError(f"{path}: not a readable image ({first_line(error)})") from None
+            raise RunError(f"{path}: not a readable image ({one_line(error)})") from None
         bar.update()
     return images
 
@@ -400,7 +400,7 @@ def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
             return official_batches(root)
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
         raise RunError(
-            f"CIFAR-10 is not in {root} and cannot be had from {url} ({first_line(error)}). Ways on: put "
+            f"CIFAR-10 is not in {root} and cannot be had from {url} ({one_line(error)}). Ways on: put "
             f"{CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into {root}; name a mirror with --data-url; point --data-dir "
             "to a folder with train/ and test/ that hold a folder of images for each class; try the installation "
             "with --synthetic"
@@ -798,7 +798,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it can fail anywhere in the parsers
-        raise RunError(f"{path}: not a usable checkpoint ({first_line(error)}); {WAYS_ON}") from None
+        raise RunError(f"{path}: not a usable checkpoint ({one_line(error)}); {WAYS_ON}") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

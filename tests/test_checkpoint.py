@@ -95,7 +95,7 @@ def test_other_shapes_are_refused(checkpoint):
     for part in ("model", "averaged"):
         saved = common.load_checkpoint(path)
         saved[part]["classifier.weight"] = torch.zeros(3, 5)
-        with pytest.raises(RunError, match=r"classifier\.weight|Error"):
+        with pytest.raises(RunError, match=r"classifier\.weight"):
             common.restore(path, saved, state)
     saved = common.load_checkpoint(path)
     saved["optimizer"][0]["state"][0]["momentum"] = torch.zeros(3)

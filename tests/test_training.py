@@ -1,5 +1,6 @@
 """Augmentation, optimizer, schedule, averaging and evaluation, each against a plain way of computing the same."""
 
+import copy
 import math
 from dataclasses import fields
 
@@ -41,7 +42,8 @@ class Tiny(nn.Module):
 def train(config: Config, data: Data | None = None, epochs: int | None = None):
     data = data or small_data()
     torch.manual_seed(config.seed)
-    state = common.begin(Tiny(), config, CPU)
+    network = Tiny().to(memory_format=torch.channels_last)
+    state = common.State(network, copy.deepcopy(network), common.make_optimizers(network, config))
     forward = common.make_forward(state.raw, data, config)
     losses = []
 

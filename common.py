@@ -318,10 +318,10 @@ def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
     classes = folders[0].classes
     if other := set(classes) ^ set(folders[1].classes):
         raise RunError(f"{root}: only one of train and test has {', '.join(sorted(other))}")
-    splits = [sorted(split.samples, key=lambda item: (Path(item[0]).name, item[1])) for split in folders]
+    splits = [sorted(split.samples, key=lambda item: (os.path.basename(item[0]), item[1])) for split in folders]
     shapes = [(len(split), size, size, 3) for split in splits]
     check_memory(root, sum(map(math.prod, shapes)))
-    files = [(os.path.relpath(path, root), label, os.stat(path)) for path, label in splits[0] + splits[1]]
+    files = [(path.removeprefix(str(root)), label, os.stat(path)) for path, label in splits[0] + splits[1]]
     listing = [(path, label, status.st_size, status.st_mtime_ns) for path, label, status in files]
     key = hashlib.sha256(repr((FORMAT, classes, size, listing)).encode()).hexdigest()
     cache = root / f".cache-{size}px.npz"

@@ -128,17 +128,16 @@ def parse_command_line(name: str) -> Config:
     places = parser.add_argument_group("places and actions")
     for item in fields(Config):
         group, about = places if "place" in item.metadata else recipe, item.metadata
-        flag, kind, text = "--" + item.name.replace("_", "-"), type(item.default), about["help"]
+        flag, kind = "--" + item.name.replace("_", "-"), type(item.default)
+        text = about["help"] + " (default: %(default)s)"
         if kind is bool:
-            group.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag, action="store_true", help=about["help"])
         elif "choices" in about:
             group.add_argument(flag, choices=about["choices"], default=item.default, help=text)
         else:
             unit = {int: "N", float: "X", str: "URL"}.get(kind, "DIR")
             read = reader(Path if unit == "DIR" else kind, about["low"], about["high"])
-            group.add_argument(
-                flag, type=read, default=item.default, metavar=unit, help=f"{text} (default: %(default)s)"
-            )
+            group.add_argument(flag, type=read, default=item.default, metavar=unit, help=text)
     parser.set_defaults(output_dir=Path("runs", name))
     return Config(**vars(parser.parse_args()))
 

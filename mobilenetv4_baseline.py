@@ -64,7 +64,7 @@ Activation = Callable[[], nn.Module]  # a class such as nn.ReLU6, called without
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that autocast leaves alone on a CPU: its backward pass is 4 times slower in bfloat16.
+    """A depthwise convolution that autocast leaves alone on a CPU, whose backward pass in bfloat16 is a slow one.
 
     Args:
         channels: Input and output channels.

@@ -22,8 +22,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import ssl
+import stat
 import sys
 import time
 import urllib.error
@@ -42,8 +44,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.datasets.utils import check_integrity, extract_archive
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 try:
@@ -52,6 +53,7 @@ except ImportError:
     fcntl = None
 
 FORMAT = 1  # of the checkpoint; raised when an older program could misread it
+PARTS = dict(format=int, variant=str, network=dict, recipe=dict, data=str, epoch=int, model=dict, averaged=dict)
 WAYS_ON = "give this run a place of its own with --output-dir, or replace that one with --fresh"
 
 
@@ -123,6 +125,7 @@ def parse_command_line(name: str) -> Config:
     parser = argparse.ArgumentParser(
         description=f"Train the {name} network on CIFAR-10 or on class folders; the same command continues the run.",
         epilog="example: %(prog)s --epochs 10 --data-dir pictures --output-dir runs/pictures",
+        allow_abbrev=False,
     )
     recipe = parser.add_argument_group("recipe: decides the weights that come out")
     places = parser.add_argument_group("places and actions")
@@ -203,11 +206,34 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
 def can_compile(device: torch.device) -> bool:
     """Try to compile something small; where that fails, say so in one line."""
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        with compiling():
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # whatever is missing: a C++ compiler, its headers, Triton
         print(f"notice: nothing can be compiled here, training goes on uncompiled, slower ({one_line(error)})")
         return False
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Have the cache of compiled code for this process alone, and leave a mark there until all is on the disk.
+
+    A process that dies meanwhile leaves damaged files, which PyTorch would try to load, or take for a processor that
+    can do less; the next process finds the mark and drops the cache.
+    """
+    cache = Path(torch.hub.get_dir()).with_name("compiled")
+    mark = cache / "compiling"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(cache.with_name(cache.name + ".lock"), wait=True):
+        if mark.exists():
+            shutil.rmtree(cache)
+        cache.mkdir(exist_ok=True)
+        mark.touch()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        yield
+        if os.name == "posix":
+            os.sync()
+        mark.unlink()
 
 
 def one_line(error: Exception) -> str:
@@ -294,7 +320,7 @@ def synthetic_images(config: Config) -> tuple[list[str], Arrays, Arrays]:
 
 
 def fit_image(image: Image.Image, size: int) -> Image.Image:
-    """Bring any picture to RGB and `size` x `size` pixels: shorter side to `size`, then the centre.
+    """Bring any picture to RGB and `size` x `size` pixels: the square in its centre, resized.
 
     This is the one rule for training images, test images and prediction.
     """
@@ -303,12 +329,14 @@ def fit_image(image: Image.Image, size: int) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode.endswith(("A", "a")) or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
-    return image if image.size == (size, size) else center_crop(resize(image, size), [size, size])
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    square = (left, top, left + side, top + side)
+    return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, square)
 
 
 def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
-    """Decode <data-dir>/train and /test, ordered by (file name, class), or take them from the cache beside them."""
+    """Read <data-dir>/train and /test, each ordered by (file name, class)."""
     root, size = config.data_dir, config.image_size
     try:
         folders = [ImageFolder(str(root / split)) for split in ("train", "test")]
@@ -318,20 +346,30 @@ def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
     if other := set(classes) ^ set(folders[1].classes):
         raise RunError(f"{root}: only one of train and test has {', '.join(sorted(other))}")
     splits = [sorted(split.samples, key=lambda item: (os.path.basename(item[0]), item[1])) for split in folders]
-    shapes = [(len(split), size, size, 3) for split in splits]
-    check_memory(root, sum(map(math.prod, shapes)))
-    files = [(path.removeprefix(str(root)), label, os.stat(path)) for path, label in splits[0] + splits[1]]
-    listing = [(path, label, status.st_size, status.st_mtime_ns) for path, label, status in files]
-    key = hashlib.sha256(repr((FORMAT, classes, size, listing)).encode()).hexdigest()
-    cache = root / f".cache-{size}px.npz"
-    images = read_cache(cache, key, shapes)
+    check_memory(root, sum(map(len, splits)) * size * size * 3)
+    with contextlib.ExitStack() as alone:  # of two runs that begin together, the second takes the first one's cache
+        with contextlib.suppress(OSError):  # a folder that cannot be written has neither lock nor cache
+            alone.enter_context(exclusive(root / ".lock", wait=True))
+        images = read_images(root, splits, size)
+    labels = [np.array([label for _, label in split], dtype=np.int64) for split in splits]
+    return classes, (images[0], labels[0]), (images[1], labels[1])
+
+
+def read_images(root: Path, splits: list[list[tuple[str, int]]], size: int) -> list[np.ndarray]:
+    """Return the pictures of both splits, decoded, or from the cache beside them where not one has changed."""
+    files = [(path, os.stat(path)) for split in splits for path, _ in split]
+    for path, status in files:
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
+            raise RunError(f"{path}: not a file")
+    listing = [(path.removeprefix(str(root)), status.st_size, status.st_mtime_ns) for path, status in files]
+    key, cache = hashlib.sha256(repr((FORMAT, size, listing)).encode()).hexdigest(), root / f".cache-{size}px.npz"
+    images = read_cache(cache, key, [(len(split), size, size, 3) for split in splits])
     if images is None:
         with tqdm(total=len(files), desc="reading images", unit="", leave=False, disable=None) as bar:
             images = [decode([path for path, _ in split], size, bar) for split in splits]
-        with contextlib.suppress(RunError), replacing(cache) as file:  # a read-only folder is just slower next time
+        with contextlib.suppress(RunError), replacing(cache) as file:
             np.savez(file, key=key, train=images[0], test=images[1])
-    labels = [np.array([label for _, label in split], dtype=np.int64) for split in splits]
-    return classes, (images[0], labels[0]), (images[1], labels[1])
+    return images
 
 
 def check_memory(root: Path, needed: int) -> None:
@@ -393,9 +431,9 @@ def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
             with contextlib.suppress(RuntimeError):
                 return official_batches(root)  # another process was faster
             if not check_integrity(archive, CIFAR10.tgz_md5):
-                print(f"downloading CIFAR-10 (170 MB) from {url} to {root}", flush=True)
+                print(f"downloading CIFAR-10 (170 MB) from {url} to {root}")
                 download(url, archive, CIFAR10.tgz_md5)
-            extract_archive(archive, root)
+            shutil.unpack_archive(archive, root, filter="data")  # nothing is written outside of `root`
             return official_batches(root)
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
         raise RunError(
@@ -667,6 +705,22 @@ def train_epoch(
     return losses.mean().item(), rate
 
 
+def compile_loss(
+    loss_of: Callable[[Tensor, Tensor], Tensor], state: State, data: Data, config: Config
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Compile the loss and its gradient, in a first call that leaves the network as it was."""
+    fast = torch.compile(loss_of, dynamic=False)
+    statistics = list(state.raw.train().buffers())
+    before = [tensor.clone() for tensor in statistics]
+    try:
+        with compiling():
+            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size])
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
+    torch._foreach_copy_(statistics, before)
+    return fast
+
+
 def floating_tensors(network: nn.Module) -> list[Tensor]:
     return [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
 
@@ -809,12 +863,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     with reading(path):
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:
+            if any(item.compress_type for item in archive.infolist()):  # a small file could fill the memory
+                raise ValueError("it is compressed")
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} does not match its checksum")
         content.seek(0)
         saved = torch.load(content, map_location="cpu", weights_only=True)
-        if missing := {"format", "variant", "network", "recipe", "data", "epoch", "model", "averaged"} - saved.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if lacking := [key for key, kind in PARTS.items() if not isinstance(saved.get(key), kind)]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
         if saved["format"] > FORMAT:
             raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
         return saved
@@ -838,8 +894,9 @@ def restore(path: Path, saved: dict[str, Any], state: State) -> None:
         state.averaged.load_state_dict(saved["averaged"])
         for optimizer, tensors in zip(state.optimizers, saved["optimizer"], strict=True):
             optimizer.load_state_dict(tensors)
-            for parameter, values in optimizer.state.items():
-                if any(value.ndim and value.shape != parameter.shape for value in values.values()):
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                shapes = {value.shape for value in optimizer.state[parameter].values() if value.ndim}
+                if shapes != {parameter.shape}:
                     raise ValueError("the optimizer's state has other shapes than the weights")
 
 
@@ -860,7 +917,9 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     if config.evaluate:
         if saved is None:
             raise RunError(f"--evaluate: there is no {path}, or --fresh would have it replaced")
-        config = replace(config, **{key: saved["recipe"][key] for key in config.recipe() if key in saved["recipe"]})
+        with reading(path):
+            then = {key: value for key, value in saved["recipe"].items() if key in config.recipe()}
+            config = replace(config, **{key: type(getattr(config, key))(value) for key, value in then.items()})
 
     # Data and network
     data = load_data(config, device)
@@ -899,7 +958,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
     print(*(f"{key}: {facts[key]}" for key in ("device", "versions", "data")), sep="\n")
     doing = "evaluating" if config.evaluate else "training" if done < config.epochs else "nothing to train"
-    print(f"{doing}: {done} of {config.epochs} epochs done in {config.output_dir}", flush=True)
+    print(f"{doing}: {done} of {config.epochs} epochs done in {config.output_dir}")
     if 0 < done < config.epochs and not config.evaluate:
         print(f"continuing after epoch {done}: bit for bit on the same machine, device, versions and thread count")
 
@@ -912,7 +971,8 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         print("the images are made up: this accuracy means nothing")
     if not config.evaluate:
         report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
-        report |= {"seconds": round(seconds, 1), "network": about["network"], "configuration": asdict(config)}
+        report["seconds"] = None if math.isnan(seconds) else round(seconds, 1)
+        report |= {"network": about["network"], "configuration": asdict(config)}
         with replacing(config.output_dir / "summary.json") as file:
             file.write(json.dumps(report, indent=2, default=str).encode())
         print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")
@@ -925,17 +985,18 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
         for old in (path, table, summary):
             old.unlink(missing_ok=True)
     names = f"epoch,learning_rate,loss,{accuracy_name(config)},weights,images_per_second,seconds"
-    lines = table.read_text().splitlines()[1 : done + 1] if table.exists() else []  # one may be ahead of the checkpoint
+    lines = read_rows(table, done) if done else []
     forward, headline = make_forward(state.raw, data, config), getattr(state, HEADLINE)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
+    begun = time.perf_counter()
     if done < config.epochs:
         if config.compile == "on" and can_compile(data.train_images.device):
-            loss_of = torch.compile(loss_of, dynamic=False)
+            loss_of = compile_loss(loss_of, state, data, config)
         column = f"{accuracy_name(config)} ({HEADLINE})"
-        print(f"epoch  learning rate     loss  {column:>27}  images/s  seconds", flush=True)
+        print(f"epoch  learning rate     loss  {column:>27}  images/s  seconds")
     steps = len(data.train_images) // config.batch_size
     with tqdm(total=config.epochs * steps, initial=done * steps, unit="step", leave=False, disable=None) as bar:
         for epoch in range(done + 1, config.epochs + 1):
@@ -944,37 +1005,60 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
             check_weights(state, epoch)
             speed = steps * config.batch_size / (time.perf_counter() - start)
             result = accuracy(predict(headline, data.test_images, data, config), data.test_labels)
-            seconds, rate = time.perf_counter() - start, rate * config.learning_rate
+            seconds, begun, rate = time.perf_counter() - begun, time.perf_counter(), rate * config.learning_rate
             lines.append(f"{epoch},{rate:.6f},{loss:.4f},{result:.2f},{HEADLINE},{speed:.1f},{seconds:.1f}")
             with replacing(table) as file:
                 file.write("\n".join([names, *lines, ""]).encode())
             save_checkpoint(path, state, epoch, about)
             with tqdm.external_write_mode():
                 text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
-                print(text, flush=True)
+                print(text)
     return sum(float(line.rsplit(",", 1)[1]) for line in lines)
+
+
+def read_rows(table: Path, done: int) -> list[str]:
+    """Return the rows of the epochs done (one more may be ahead of the checkpoint), all unknown if any is lost."""
+    with contextlib.suppress(OSError, ValueError):
+        rows = table.read_text().splitlines()[1 : done + 1]
+        epochs, seconds = [row.split(",")[0] for row in rows], sum(float(row.split(",")[-1]) for row in rows)
+        if epochs == [str(epoch) for epoch in range(1, done + 1)] and math.isfinite(seconds):
+            return rows
+    print(f"notice: {table} does not hold the {done} epochs done; their time is not known")
+    return [f"{epoch}{',nan' * 6}" for epoch in range(1, done + 1)]
+
+
+def interrupt(*_: Any) -> None:
+    """Take the first Ctrl-C and no other, so that nothing disturbs the tidying up."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def failures_in_one_line(config: Config) -> Iterator[None]:
     """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C; never with a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(
             "interrupted; the same command (without --fresh) continues after the last finished epoch", file=sys.stderr
         )
         sys.exit(130)
-    except BrokenPipeError:  # the reader of the output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except RunError as error:
+        sys.exit(f"error: {printable(error)}")
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout itself may have failed, and would again at the exit
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {printable(error)}")  # as in `| head`
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't alloc", str(error))):
             raise
         sys.exit(f"error: out of memory; a --batch-size smaller than {config.batch_size} needs less")
+
+
+def printable(error: Exception) -> str:
+    """Return an error's text with line breaks and terminal codes, as a file's name can hold them, made visible."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error))
 
 
 @contextlib.contextmanager
@@ -1000,8 +1084,10 @@ def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
         arguments: Plain values, kept in the checkpoint.
     """
     config = parse_command_line(name)
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a path that the terminal cannot show
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed: the next file opened, a checkpoint, would get what is printed
+            setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # paths may have unshowable letters
     alone = contextlib.nullcontext() if config.summary or config.evaluate else writing_alone(config.output_dir)
     with failures_in_one_line(config), alone:
         run(name, build, arguments, config)

@@ -227,6 +227,8 @@ def compiling() -> Iterator[None]:
     with exclusive(cache.with_name(cache.name + ".lock"), wait=True):
         if mark.exists():
             shutil.rmtree(cache)
+            headers = Path(torch._inductor.runtime.cache_dir_utils.default_cache_dir(), "precompiled_headers")
+            shutil.rmtree(headers, ignore_errors=True)
         cache.mkdir(exist_ok=True)
         mark.touch()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
@@ -708,16 +710,17 @@ def train_epoch(
 def compile_loss(
     loss_of: Callable[[Tensor, Tensor], Tensor], state: State, data: Data, config: Config
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile the loss and its gradient, in a first call that leaves the network as it was."""
+    """Compile the loss and its gradient, in a first step that leaves the network as it was."""
     fast = torch.compile(loss_of, dynamic=False)
     statistics = list(state.raw.train().buffers())
     before = [tensor.clone() for tensor in statistics]
     try:
         with compiling():
-            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size])
+            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size]).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
     torch._foreach_copy_(statistics, before)
+    state.raw.zero_grad()
     return fast
 
 

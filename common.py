@@ -738,14 +738,17 @@ def check_losses(losses: Tensor, epoch: int, rate: float) -> None:
         )
 
 
-def check_weights(state: State, epoch: int) -> None:
-    """Stop if a weight or BN statistic is not finite, which a finite loss can hide."""
+def check_epoch(state: State, logits: Tensor, epoch: int, rate: float) -> None:
+    """Stop if a weight, a BN statistic or a logit is not finite, which finite losses can hide."""
+    tensors = {"a logit of the evaluation": logits}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
-        for name, tensor in network.state_dict().items():
-            if not tensor.isfinite().all():
-                raise RunError(
-                    f"{name} of the {weights} weights is not finite after epoch {epoch}, which was not saved"
-                )
+        tensors |= {f"{name} of the {weights} weights": tensor for name, tensor in network.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RunError(
+                f"{name} is not finite after epoch {epoch}, with a learning rate of up to {rate:.3g}; this epoch was "
+                "not saved; a lower --learning-rate may help"
+            )
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------
@@ -1005,9 +1008,10 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             loss, rate = train_epoch(state, loss_of, data, config, epoch, bar)
-            check_weights(state, epoch)
             speed = steps * config.batch_size / (time.perf_counter() - start)
-            result = accuracy(predict(headline, data.test_images, data, config), data.test_labels)
+            logits = predict(headline, data.test_images, data, config)
+            check_epoch(state, logits, epoch, config.learning_rate)
+            result = accuracy(logits, data.test_labels)
             seconds, begun, rate = time.perf_counter() - begun, time.perf_counter(), rate * config.learning_rate
             lines.append(f"{epoch},{rate:.6f},{loss:.4f},{result:.2f},{HEADLINE},{speed:.1f},{seconds:.1f}")
             with replacing(table) as file:

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,19 +72,41 @@ def official(tmp_path, monkeypatch):
     return archive.read_bytes(), images
 
 
-def command(variant: str, *flags: object) -> list[str]:
-    return [sys.executable, f"mobilenetv4_{variant}.py", "--threads", "1", *map(str, flags)]
+def flags(folders: Path, output: Path, epochs: int = 2) -> list[object]:
+    return ["--data-dir", folders, "--output-dir", output, "--epochs", epochs, "--batch-size", 32]
 
 
-def run_script(variant: str, *flags: object, **options) -> subprocess.CompletedProcess:
-    """Run a script as a user does and return its exit status, output and errors."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.run(
-        command(variant, *flags),
+def start(variant: str, *flags: object, python: tuple[str, ...] = (), patch: str = "", **options) -> subprocess.Popen:
+    """Start a script as a user does, on one thread, with options of Python or after a patch of what it imports."""
+    script = [f"mobilenetv4_{variant}.py"]
+    if patch:
+        runner = (
+            "import runpy, sys; sys.argv.pop(0); sys.path.insert(0, ''); "
+            + "runpy.run_path(sys.argv[0], run_name='__main__')"
+        )
+        script = ["-c", f"{patch}\n{runner}", *script]
+    return subprocess.Popen(
+        [sys.executable, *python, *script, *map(str, ("--threads", 1, *flags))],
         cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
     )
+
+
+def run_script(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run a script, started as by `start`, to its end and return its exit status, output and errors."""
+    process = start(*arguments, **options)
+    try:
+        output, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until the running process has written `path`."""
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -51,7 +51,7 @@ def train(config: Config, data: Data | None = None, epochs: int | None = None):
         losses.append(nn.functional.cross_entropy(forward(images), labels))
         return losses[-1]
 
-    for epoch in range(1, (epochs or config.epochs) + 1):
+    for epoch in range(1, (config.epochs if epochs is None else epochs) + 1):
         common.train_epoch(state, loss_of, data, config, epoch, tqdm(disable=True))
     return state, losses
 
@@ -232,12 +232,14 @@ def test_a_bad_loss_ends_its_epoch(bad_step):
 
 
 @pytest.mark.parametrize("where", ["raw", "averaged"])
-def test_a_weight_or_statistic_that_is_not_finite_is_caught_behind_a_finite_loss(where):
+def test_a_weight_a_statistic_or_a_logit_that_is_not_finite_is_caught_behind_a_finite_loss(where):
     state, _ = train(Config(epochs=1, batch_size=5, precision="fp32"))
-    common.check_weights(state, 1)
+    common.check_epoch(state, torch.ones(2, 3), 1, 0.05)
+    with pytest.raises(common.RunError, match=r"logit .* after epoch 1, with a learning rate of up to 0\.05"):
+        common.check_epoch(state, torch.tensor([1.0, math.nan]), 1, 0.05)
     getattr(state, where).norm.running_var[0] = math.inf
     with pytest.raises(common.RunError, match=rf"norm\.running_var of the {where} weights"):
-        common.check_weights(state, 1)
+        common.check_epoch(state, torch.ones(2, 3), 1, 0.05)
 
 
 def test_the_averaged_weights_are_the_moving_average_of_weights_and_statistics(monkeypatch):

@@ -27,6 +27,7 @@ import signal
 import ssl
 import stat
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.request
@@ -437,7 +438,7 @@ def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
                 download(url, archive, CIFAR10.tgz_md5)
             shutil.unpack_archive(archive, root, filter="data")  # nothing is written outside of `root`
             return official_batches(root)
-    except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, ValueError, tarfile.TarError, http.client.HTTPException) as error:
         raise RunError(
             f"CIFAR-10 is not in {root} and cannot be had from {url} ({one_line(error)}). Ways on: put "
             f"{CIFAR10.filename} (MD5 {CIFAR10.tgz_md5}) into {root}; name a mirror with --data-url; point --data-dir "
@@ -833,13 +834,23 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def save_checkpoint(path: Path, state: State, epoch: int, about: dict[str, Any]) -> None:
-    """Save plain types and tensors that hold no time of day, so that equal runs give equal bytes."""
+    """Save what a run needs to continue, with no time of day, so that equal runs give equal bytes."""
     weights = {"model": state.raw.state_dict(), "averaged": state.averaged.state_dict()}
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
-    buffer = io.BytesIO()  # torch.save to a file would hide why the disk refuses it
-    torch.save(plain({"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers}), buffer)
+    write_checkpoint(path, {"format": FORMAT, **about, "epoch": epoch, **weights, "optimizer": optimizers})
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write plain types and tensors as torch.save does, with a checksum as the comment of that zip archive.
+
+    The archive's own checksums leave its directory out, where one flipped bit can exchange two tensors.
+    """
+    buffer = io.BytesIO()
+    torch.save(plain(content), buffer)
+    archive = buffer.getbuffer()[:-2]  # without the length of its comment, so far 0
     with replacing(path) as file:
-        file.write(buffer.getbuffer())
+        file.write(archive)
+        file.write(b"\x20\x00" + hashlib.sha256(archive).digest())
 
 
 def plain(value: Any) -> Any:
@@ -861,20 +872,19 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint to the CPU after its checksums, without ever running code from it.
+    """Load a checkpoint to the CPU after its checksum, without ever running code from it.
 
     Raises:
         RunError: naming the file, if it is damaged, of another program, or of a newer format.
     """
     with reading(path):
-        content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as archive:
+        content = path.read_bytes()
+        if hashlib.sha256(content[:-34]).digest() != content[-32:]:
+            raise ValueError("it does not match its checksum")
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(item.compress_type for item in archive.infolist()):  # a small file could fill the memory
                 raise ValueError("it is compressed")
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} does not match its checksum")
-        content.seek(0)
-        saved = torch.load(content, map_location="cpu", weights_only=True)
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if lacking := [key for key, kind in PARTS.items() if not isinstance(saved.get(key), kind)]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
         if saved["format"] > FORMAT:

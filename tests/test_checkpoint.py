@@ -1,8 +1,10 @@
 """What is written is whole or not at all, and what is read is what was written or refused by name."""
 
 import errno
+import hashlib
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -38,28 +40,48 @@ def test_what_was_saved_comes_back(checkpoint):
     assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
 
 
-def test_a_cut_file_is_refused_at_every_length(checkpoint):
-    path, _ = checkpoint
-    content = path.read_bytes()
-    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+def equal(one, other) -> bool:
+    """Compare nested plain values and tensors."""
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def check_damage(path, lengths, flips) -> None:
+    """Cut the file to each length and flip each (position, bit): it must be refused by name or load as it was."""
+    content, whole, refused = path.read_bytes(), common.load_checkpoint(path), 0
+    for length in lengths(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(RunError, match=r"checkpoint\.pt: not a usable checkpoint"):
             common.load_checkpoint(path)
-
-
-def test_a_flipped_bit_is_refused_or_changes_no_tensor(checkpoint):
-    path, state = checkpoint
-    content = path.read_bytes()
-    refused = 0
-    for position in range(0, len(content), len(content) // 150):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+    for position, bit in flips(len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
         try:
-            saved = common.load_checkpoint(path)
-            for name, tensor in state.raw.state_dict().items():
-                assert torch.equal(saved["model"][name], tensor)
-        except RunError:
+            assert equal(common.load_checkpoint(path), whole), (position, bit)
+        except RunError as error:
+            assert "checkpoint.pt: not a usable checkpoint" in str(error)
             refused += 1
     assert refused > 50
+
+
+def test_a_cut_file_or_a_flipped_bit_is_refused_or_changes_nothing(checkpoint):
+    check_damage(
+        checkpoint[0],
+        lambda size: [*range(0, size, size // 40), size - 1],
+        lambda size: [(position, position % 8) for position in range(0, size, size // 300)],
+    )
+
+
+@pytest.mark.slow
+def test_every_cut_and_every_flipped_bit_is_refused_or_changes_nothing(checkpoint):
+    check_damage(checkpoint[0], range, lambda size: [(position, bit) for position in range(size) for bit in range(8)])
+
+
+def sealed(content: bytes) -> bytes:
+    """Add the right checksum to what somebody else made."""
+    return content[:-2] + b"\x20\x00" + hashlib.sha256(content[:-2]).digest()
 
 
 class Payload:
@@ -69,8 +91,8 @@ class Payload:
 
 def test_a_payload_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": 1, "model": Payload()}, "zip.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Payload()))
+    common.write_checkpoint(tmp_path / "zip.pt", {"format": 1, "model": Payload()})
+    (tmp_path / "pickle.pt").write_bytes(sealed(pickle.dumps(Payload()) + b"  "))
     for name in ("zip.pt", "pickle.pt"):
         with pytest.raises(RunError, match="not a usable checkpoint"):
             common.load_checkpoint(tmp_path / name)
@@ -79,15 +101,44 @@ def test_a_payload_never_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"format": common.FORMAT + 1}, "its format is 2"), ({"recipe": None}, "it lacks recipe"), (None, "not a usable")],
+    [
+        ({"format": common.FORMAT + 1}, "its format is 2"),
+        ({"recipe": None}, "it lacks recipe"),
+        ({"epoch": "many", "network": [1]}, "it lacks network, epoch"),
+        (None, "not a usable"),
+    ],
 )
 def test_a_newer_or_foreign_checkpoint_is_refused_with_the_ways_on(checkpoint, change, message):
     path, _ = checkpoint
     content = torch.load(path, weights_only=True)
     content = [1, 2] if change is None else {k: v for k, v in (content | change).items() if v is not None}
-    torch.save(content, path)
+    common.write_checkpoint(path, content)
     with pytest.raises(RunError, match=rf"{message}.*--output-dir.*--fresh"):
         common.load_checkpoint(path)
+
+
+def test_a_compressed_file_which_could_fill_the_memory_is_refused(checkpoint):
+    path, _ = checkpoint
+    with zipfile.ZipFile(path) as archive:
+        items = [(item.filename, archive.read(item)) for item in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in items:
+            archive.writestr(name, content)
+    path.write_bytes(sealed(path.read_bytes()))
+    with pytest.raises(RunError, match="it is compressed"):
+        common.load_checkpoint(path)
+
+
+def test_settings_of_a_foreign_checkpoint_that_are_of_another_kind_are_refused(tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    recipe = {"holdout": "some", "seed": 0}
+    foreign = {"format": 1, "variant": "baseline", "network": {}, "recipe": recipe, "data": "", "epoch": 1}
+    common.write_checkpoint(output / "checkpoint.pt", foreign | {"model": {}, "averaged": {}})
+    result = run_script("baseline", "--synthetic", "--evaluate", "--output-dir", output)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {output / 'checkpoint.pt'}: not a usable checkpoint (invalid literal")
+    assert result.stderr.count("\n") == 1
 
 
 def test_other_shapes_are_refused(checkpoint):
@@ -97,10 +148,11 @@ def test_other_shapes_are_refused(checkpoint):
         saved[part]["classifier.weight"] = torch.zeros(3, 5)
         with pytest.raises(RunError, match=r"classifier\.weight"):
             common.restore(path, saved, state)
-    saved = common.load_checkpoint(path)
-    saved["optimizer"][0]["state"][0]["momentum"] = torch.zeros(3)
-    with pytest.raises(RunError, match="other shapes"):
-        common.restore(path, saved, state)
+    for values in ({"momentum": torch.zeros(3)}, {}):  # an empty state would start over unnoticed
+        saved = common.load_checkpoint(path)
+        saved["optimizer"][0]["state"][0] = values
+        with pytest.raises(RunError, match="other shapes"):
+            common.restore(path, saved, state)
 
 
 @pytest.mark.parametrize("where", ["open", "fsync", "replace"])

@@ -1,13 +1,21 @@
 """Where the images come from, and that they arrive as they are."""
 
+import contextlib
+import hashlib
 import http.server
+import io
+import os
+import pickle
+import struct
+import tarfile
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, write_folders
+from conftest import CLASSES, start, write_folders
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -23,6 +31,7 @@ class Server:
     def __init__(self, content: bytes) -> None:
         self.content, self.cut_after, self.stall, self.ranges = content, None, False, []
         self.knows_ranges = self.tells_length = True
+        self.delay = 0.0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,6 +39,7 @@ class Server:
                 outer.ranges.append(self.headers.get("Range"))
                 if self.path == "/missing":
                     return self.send_error(404)
+                time.sleep(outer.delay)
                 start = int((self.headers.get("Range") or "bytes=0-")[6:-1]) if outer.knows_ranges else 0
                 if start >= len(outer.content):
                     return self.send_error(416)
@@ -153,6 +163,68 @@ def test_an_image_that_cannot_be_read_is_named(folders):
         load(folders)
 
 
+def test_hostile_pictures_are_read_within_bounds_or_named(folders):
+    cat = folders / "train" / "cat"
+    Image.new("L", (1, 1), 200).save(cat / "one pixel.png")
+    Image.new("1", (1, 3_000_000)).save(cat / "long.png")  # brought to 32 pixels as a whole it would fill 9 GB
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    frames[0].save(cat / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    Image.new("CMYK", (40, 40), (0, 255, 255, 0)).save(cat / "print.jpg")
+    Image.fromarray(np.full((40, 40), 300 * 100, np.uint16)).save(cat / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 32), "blue").save(cat / "turned.jpg", exif=turned)
+    data = load(folders)
+    names = sorted(path.name for split in ("train",) for path in (folders / split).rglob("*.*"))
+    centre = {name: data.train_images[index, 16, 16].tolist() for index, name in enumerate(names)}
+    assert centre["one pixel.png"] == [200] * 3
+    assert centre["long.png"] == [0] * 3
+    assert centre["animated.webp"] == [255, 0, 0]  # the first frame
+    assert centre["print.jpg"] == pytest.approx([254, 0, 0], abs=3)
+    assert centre["deep.png"] == [117] * 3
+    assert centre["turned.jpg"] == pytest.approx([0, 0, 254], abs=3)
+
+
+@pytest.mark.parametrize("size", [(20_000, 20_000), (100_000_000, 2)])
+def test_a_decompression_bomb_is_named_and_never_unpacked(folders, size):
+    bomb = folders / "train" / "cat" / "bomb.png"
+    Image.new("1", (1, 1)).save(bomb)
+    content = bytearray(bomb.read_bytes())  # the size stands behind "IHDR", followed by its own checksum
+    content[16:24] = struct.pack(">II", *size)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    bomb.write_bytes(content)
+    with pytest.raises(RunError, match=r"bomb\.png: not a readable image \(Image size"):
+        load(folders)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_or_a_broken_link_among_the_pictures_is_named_and_not_waited_for(folders):
+    pipe = folders / "test" / "dog" / "pipe.png"
+    os.mkfifo(pipe)
+    with pytest.raises(RunError, match=r"pipe\.png: not a file"):
+        load(folders)
+    pipe.unlink()
+    pipe.symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.png"):
+        load(folders)
+
+
+def test_classes_may_have_any_name(tmp_path):
+    names = ["-x", "a b", "a\nb", "\u00e9", os.fsdecode(b"\xff")]
+    root = write_folders(tmp_path, classes=names)
+    data = load(root)
+    assert data.classes == sorted(names)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"classes": data.classes}, path)
+    assert torch.load(path, weights_only=True)["classes"] == data.classes
+
+
+def test_a_data_directory_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(RunError, match="File exists"):
+        load(tmp_path / "data", data_url="http://127.0.0.1:9/nothing")
+
+
 def test_classes_that_differ_an_empty_class_and_a_missing_split_are_refused(tmp_path):
     root = write_folders(tmp_path / "a")
     (root / "train" / "emu").mkdir()
@@ -250,6 +322,102 @@ def test_two_downloads_at_once_end_well(tmp_path, server):
     assert len(results) == 2
     assert results[0] == results[1]
     assert len(server.ranges) == 1
+
+
+def test_both_scripts_download_at_once_and_end_well(tmp_path, server):
+    sums = (CIFAR10.train_list, CIFAR10.test_list, CIFAR10.meta, CIFAR10.tgz_md5)
+    names = ("train_list", "test_list", "meta", "tgz_md5")
+    patch = "from torchvision.datasets import CIFAR10\n" + "".join(
+        f"CIFAR10.{name} = {value!r}\n" for name, value in zip(names, sums, strict=True)
+    )
+    server.delay = 1.0  # both are there before the first has it
+    processes = [
+        start(
+            variant,
+            *("--data-dir", tmp_path / "data", "--data-url", server.url, "--epochs", 1),
+            *("--output-dir", tmp_path / variant),
+            patch=patch,
+        )
+        for variant in ("baseline", "enhanced")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert server.ranges == [None]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        ".download.lock",
+        CIFAR10.base_folder,
+        CIFAR10.filename,
+    ]
+
+
+def test_two_starts_at_once_decode_the_pictures_once(folders):
+    with common.exclusive(folders / ".lock", wait=False):
+        other = threading.Thread(target=load, args=(folders,))
+        other.start()
+        other.join(0.5)
+        assert other.is_alive()
+        assert not (folders / ".cache-32px.npz").exists()
+    other.join(60)
+    assert (folders / ".cache-32px.npz").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(folders, monkeypatch):
+    def refuse(path, **_):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(common, "exclusive", refuse)
+    monkeypatch.setattr(common, "replacing", lambda path: refuse_to_write(path))
+
+    @contextlib.contextmanager
+    def refuse_to_write(path):
+        raise RunError(f"{path} cannot be written")
+        yield
+
+    assert len(load(folders).train_labels) == 40
+
+
+def test_an_archive_writes_nothing_outside_the_data_directory(tmp_path, official, monkeypatch):
+    archive = tmp_path / "data" / "inside" / CIFAR10.filename
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("../outside"), io.BytesIO())
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(RunError, match="outside"):
+        load(archive.parent)
+    assert os.listdir(tmp_path / "data") == ["inside"]
+
+
+def test_a_batch_of_unknown_origin_is_never_unpickled(tmp_path, server):
+    load(tmp_path / "data", data_url=server.url)
+    (tmp_path / "data" / CIFAR10.filename).unlink()
+    server.content = b""
+    batch = tmp_path / "data" / CIFAR10.base_folder / "data_batch_2"
+    batch.write_bytes(pickle.dumps(Payload(str(tmp_path / "ran"))))
+    with pytest.raises(RunError):
+        load(tmp_path / "data", data_url=server.url)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_cache_of_unknown_origin_is_never_unpickled(folders):
+    first = load(folders)
+    cache = folders / ".cache-32px.npz"
+    with np.load(cache) as arrays:
+        key = arrays["key"]
+    payload = np.array([Payload(str(folders / "ran"))], dtype=object)
+    np.savez(cache, key=key, train=payload, test=payload)
+    assert load(folders).fingerprint == first.fingerprint
+    assert not (folders / "ran").exists()
+
+
+class Payload:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])

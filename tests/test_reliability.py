@@ -108,7 +108,7 @@ def check_kills(variant: str, count: int, tmp_path: Path, pictures: Path, undist
 
 @BOTH
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(variant, tmp_path, pictures, undisturbed):
-    check_kills(variant, 5, tmp_path, pictures, undisturbed)
+    check_kills(variant, 4, tmp_path, pictures, undisturbed)
 
 
 @pytest.mark.slow
@@ -382,7 +382,7 @@ def test_a_rate_far_too_high_ends_in_one_line_and_nothing_is_saved(tmp_path, pic
     result = run_script("enhanced", *flags(pictures, tmp_path / "run"), "--learning-rate", "1e20")
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
-    assert "epoch 1" in result.stderr
+    assert "after epoch 1, with a learning rate of up to 1e+20" in result.stderr
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -463,10 +463,9 @@ def test_a_plain_locale_shows_names_it_lacks_and_stops_nothing(half_done, pictur
     assert result.stdout.isascii()
 
 
-@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_closed_streams_stop_nothing_and_get_into_no_file(closed, half_done, pictures, undisturbed):
+def test_closed_streams_stop_nothing_and_get_into_no_file(half_done, pictures, undisturbed):
     process = start(
-        "baseline", *flags(pictures, half_done, EPOCHS), preexec_fn=lambda: [os.close(stream) for stream in closed]
+        "baseline", *flags(pictures, half_done, EPOCHS), preexec_fn=lambda: [os.close(stream) for stream in (0, 1, 2)]
     )
     assert process.wait() == 0
     assert (half_done / ".lock").read_bytes() == b""

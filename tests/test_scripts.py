@@ -96,7 +96,7 @@ def test_the_summary_needs_no_data_and_adds_up(tmp_path):
 
 
 def test_made_up_images_say_that_the_accuracy_means_nothing(tmp_path):
-    result = run_script("baseline", "--synthetic", "--epochs", 1, "--output-dir", tmp_path / "run")
+    result = run_script("baseline", "--synthetic", "--epochs", 1, "--image-size", 16, "--output-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("means nothing") == 2
 

@@ -877,18 +877,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RunError: naming the file, if it is damaged, of another program, or of a newer format.
     """
+    content = path.read_bytes()
     with reading(path):
-        content = path.read_bytes()
         if hashlib.sha256(content[:-34]).digest() != content[-32:]:
             raise ValueError("it does not match its checksum")
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if any(item.compress_type for item in archive.infolist()):  # a small file could fill the memory
                 raise ValueError("it is compressed")
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved.get("format", 0) > FORMAT:
+            raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
         if lacking := [key for key, kind in PARTS.items() if not isinstance(saved.get(key), kind)]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        if saved["format"] > FORMAT:
-            raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
         return saved
 
 
@@ -927,8 +927,8 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         print_summary(build(num_classes=10, **arguments), config.image_size)
         return
 
-    # What is there already
-    path = config.output_dir / "checkpoint.pt"
+    # What is there already, and what can be told of it before the data are there
+    path, about = config.output_dir / "checkpoint.pt", {"variant": name, "network": plain(arguments)}
     saved = load_checkpoint(path) if path.exists() and not config.fresh else None
     if config.evaluate:
         if saved is None:
@@ -936,13 +936,14 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         with reading(path):
             then = {key: value for key, value in saved["recipe"].items() if key in config.recipe()}
             config = replace(config, **{key: type(getattr(config, key))(value) for key, value in then.items()})
+    if saved:
+        known = {key: value for key, value in config.recipe().items() if value != "auto" and key != "batch_size"}
+        check_same_run(path, saved, saved | about | {"recipe": saved["recipe"] | known})
 
     # Data and network
     data = load_data(config, device)
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
-    about = {
-        "variant": name,
-        "network": plain(arguments),
+    about |= {
         "recipe": config.recipe(),
         "seed": config.seed,
         "data": data.fingerprint,

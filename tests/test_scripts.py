@@ -62,8 +62,10 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
     evaluated = run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", output)
     assert re.findall(r"^test_accuracy .*%", evaluated.stdout, re.M) == accuracies[0]
 
-    other = run_script("baseline", *flags(folders, output, 3), "--learning-rate", "0.01")
+    nowhere = ("--data-dir", folders / "nowhere", "--data-url", "http://127.0.0.1:9/")  # told before it is looked at
+    other = run_script("baseline", *flags(folders, output, 3), "--learning-rate", "0.01", *nowhere)
     assert other.returncode == 1
+    assert other.stdout == ""
     for part in ("epochs was 1 and is now 3", "learning_rate was 0.05 and is now 0.01", "--output-dir", "--fresh"):
         assert part in other.stderr
     assert other.stderr.count("\n") == 1

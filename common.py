@@ -669,9 +669,36 @@ class State:
     optimizers: list[torch.optim.Optimizer]
 
 
-def train_epoch(
-    state: State, loss_of: Callable[[Tensor, Tensor], Tensor], data: Data, config: Config, epoch: int, bar: tqdm
-) -> tuple[float, float]:
+Loss = Callable[[Tensor, Tensor], Tensor]  # from images, uint8 (N, H, W, 3), and labels, int64 (N,)
+
+
+def make_loss(state: State, data: Data, config: Config) -> Loss:
+    """Return the loss to train with, compiled where the configuration says so."""
+    forward = make_forward(state.raw, data, config)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
+
+    compiled = config.compile == "on" and can_compile(data.train_images.device)
+    return compile_loss(loss_of, state, data, config) if compiled else loss_of
+
+
+def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Loss:
+    """Compile the loss and its gradient, in a first step that leaves the network as it was."""
+    fast = torch.compile(loss_of, dynamic=False)
+    statistics = list(state.raw.train().buffers())
+    before = [tensor.clone() for tensor in statistics]
+    try:
+        with compiling():
+            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size]).backward()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
+    torch._foreach_copy_(statistics, before)
+    state.raw.zero_grad()
+    return fast
+
+
+def train_epoch(state: State, loss_of: Loss, data: Data, config: Config, epoch: int, bar: tqdm) -> tuple[float, float]:
     """Train for one epoch (the first is 1); return its mean loss and the part of the peak rate at its end.
 
     The images that do not fill a batch are left out, others in each epoch. Losses stay on the device.
@@ -706,23 +733,6 @@ def train_epoch(
             check_losses(losses[: step + 1], epoch, rate * config.learning_rate)
             checked = time.monotonic()
     return losses.mean().item(), rate
-
-
-def compile_loss(
-    loss_of: Callable[[Tensor, Tensor], Tensor], state: State, data: Data, config: Config
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Compile the loss and its gradient, in a first step that leaves the network as it was."""
-    fast = torch.compile(loss_of, dynamic=False)
-    statistics = list(state.raw.train().buffers())
-    before = [tensor.clone() for tensor in statistics]
-    try:
-        with compiling():
-            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size]).backward()
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
-    torch._foreach_copy_(statistics, before)
-    state.raw.zero_grad()
-    return fast
 
 
 def floating_tensors(network: nn.Module) -> list[Tensor]:
@@ -1003,15 +1013,9 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
             old.unlink(missing_ok=True)
     names = f"epoch,learning_rate,loss,{accuracy_name(config)},weights,images_per_second,seconds"
     lines = read_rows(table, done) if done else []
-    forward, headline = make_forward(state.raw, data, config), getattr(state, HEADLINE)
-
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
-
-    begun = time.perf_counter()
+    headline, begun = getattr(state, HEADLINE), time.perf_counter()
     if done < config.epochs:
-        if config.compile == "on" and can_compile(data.train_images.device):
-            loss_of = compile_loss(loss_of, state, data, config)
+        loss_of = make_loss(state, data, config)
         column = f"{accuracy_name(config)} ({HEADLINE})"
         print(f"epoch  learning rate     loss  {column:>27}  images/s  seconds")
     steps = len(data.train_images) // config.batch_size

@@ -1,0 +1,357 @@
+"""Training throughput: this project's loop, the loop that a user would write instead, and the machine's limits.
+
+    pip install timm
+    python -m benchmarks.throughput                # about 15 minutes on two CPU cores; nothing else may run
+    python -m benchmarks.throughput --device cuda
+
+Every contender is a process of its own, since the settings of the memory allocator are a process's; they take turns,
+one at a time, so that a machine whose speed drifts is the same for all. Images are random, except for the start-up.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import transforms
+from tqdm import tqdm
+
+import common
+from mobilenetv4_baseline import MobileNetV4
+from mobilenetv4_enhanced import enhanced_mobilenetv4
+
+BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
+PROJECT_SIZE = 50_000  # images of CIFAR-10, by which the project's loop decides whether to compile
+
+
+# ---- The contenders ------------------------------------------------------------------------------------------------
+
+
+def random_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % 10
+
+
+class Ours:
+    """The project's loop with its defaults, whole epochs of `count` images."""
+
+    def __init__(self, variant: str, options: argparse.Namespace) -> None:
+        common.keep_freed_memory()
+        device = common.pick_device(options.device, 0)
+        config = common.Config(batch_size=options.batch_size)
+        config = common.settle(replace(config, **options.settings), device, PROJECT_SIZE, None)
+        images, labels = (tensor.to(device) for tensor in random_images(options.images))
+        classes = [str(label) for label in range(10)]
+        self.data = common.Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
+        torch.manual_seed(0)
+        network, averaged = (BUILDERS[variant]().to(device, memory_format=common.layout(device)) for _ in range(2))
+        self.state = common.State(network, averaged, common.make_optimizers(network, config))
+        self.config, self.epoch = config, 0
+        self.loss_of = common.make_loss(self.state, self.data, config)
+        self.about = f"{config.precision}, compilation {config.compile}"
+
+    def train(self) -> int:
+        self.epoch += 1
+        common.train_epoch(self.state, self.loss_of, self.data, self.config, self.epoch, tqdm(disable=True))
+        return len(self.data.train_labels) // self.config.batch_size * self.config.batch_size
+
+    def evaluate(self) -> int:
+        return len(common.predict(self.state.averaged, self.data.test_images, self.data, self.config))
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    """What torchvision's CIFAR10 does with one image, on random ones."""
+
+    def __init__(self, count: int, transform: Callable) -> None:
+        images, labels = random_images(count)
+        self.images, self.labels, self.transform = images.numpy(), labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(common.Image.fromarray(self.images[index])), self.labels[index]
+
+
+class Plain:
+    """The loop a user would write: timm's network at the same size, a DataLoader of two workers, SGD, eager."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import timm.models.mobilenetv3 as timm_models  # pip install timm
+
+        self.device = common.pick_device(options.device, 0)
+        build = timm_models._gen_mobilenet_v4  # what timm.create_model calls, with a width
+        self.network = build("mobilenetv4_conv_small", 1.15, num_classes=10, act_layer=nn.ReLU6).to(self.device)
+        self.network.conv_stem.stride = self.network.blocks[0][0].conv.stride = (1, 1)
+        if common.count_parameters(self.network) != 3_056_370:
+            raise RuntimeError("this version of timm builds another network")
+        self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+        normalize = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+        augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        loader = torch.utils.data.DataLoader
+        settings = dict(batch_size=options.batch_size, num_workers=2, pin_memory=self.device.type == "cuda")
+        train, test = (PlainDataset(options.images, transforms.Compose(t)) for t in (augment + normalize, normalize))
+        self.batches = loader(train, shuffle=True, drop_last=True, persistent_workers=True, **settings)
+        self.test_batches = loader(test, persistent_workers=True, **settings)
+        self.about = "fp32, eager, contiguous"
+
+    def train(self) -> int:
+        self.network.train()
+        for images, labels in self.batches:
+            images, labels = images.to(self.device), labels.to(self.device)
+            loss = nn.functional.cross_entropy(self.network(images), labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        return len(self.batches) * self.batches.batch_size
+
+    @torch.no_grad()
+    def evaluate(self) -> int:
+        self.network.eval()
+        return sum(len(self.network(images.to(self.device)).argmax(1).cpu()) for images, _ in self.test_batches)
+
+
+# ---- Turns ---------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def work(name: str, options: argparse.Namespace) -> None:
+    """Be a contender: answer each word on stdin with a line of JSON."""
+    begun = time.monotonic()
+    contender = Plain(options) if name == "plain" else Ours(name, options)
+    print(json.dumps({"about": contender.about, "ready": time.monotonic() - begun}), flush=True)
+    for word in sys.stdin:
+        begun = time.monotonic()
+        if word.strip() == "profile":
+            print(json.dumps(profile(contender)), flush=True)
+            continue
+        images = contender.train() if word.strip() == "train" else contender.evaluate()
+        synchronize(options.device)
+        rate = images / (time.monotonic() - begun)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if options.device == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        print(json.dumps({"rate": rate, "memory": memory}), flush=True)
+
+
+KINDS = (  # the first that is part of an operation's name
+    ("Optimizer", "optimizers"),
+    ("convolution_backward", "convolution, backward"),
+    ("convolution", "convolution, forward"),
+    ("batch_norm", "batch norm, eager"),
+    ("Compiled", "compiled: batch norm, activation, ..."),
+    ("mm", "matrix products"),
+    ("linear", "matrix products"),
+)
+
+
+def profile(contender: Any) -> dict[str, float]:
+    """Return the share of a turn's time that each kind of operation takes; the optimizers' are counted as one."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        contender.train()
+    shares: dict[str, float] = {}
+
+    def add(event: Any, kind: str) -> None:
+        kind = next((label for part, label in KINDS if part in event.name), "other") if kind == "other" else kind
+        inside = kind if kind == "optimizers" else "other"
+        shares[kind] = shares.get(kind, 0) + event.self_cpu_time_total + event.self_device_time_total
+        for child in event.cpu_children:
+            add(child, inside)
+
+    for event in profiler.events():
+        if event.cpu_parent is None:
+            add(event, "other")
+    total = sum(shares.values())
+    return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}
+
+
+class Contender:
+    """A process of `work`."""
+
+    def __init__(self, name: str, options: list[str]) -> None:
+        command = [sys.executable, "-m", "benchmarks.throughput", "--work", name, *options]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = json.loads(self.process.stdout.readline())
+        self.results: dict[str, list[dict[str, float]]] = {}
+
+    def turn(self, word: str) -> dict[str, float]:
+        print(word, file=self.process.stdin, flush=True)
+        result = json.loads(self.process.stdout.readline())
+        self.results.setdefault(word, []).append(result)
+        return result
+
+
+def take_turns(names: list[str], arguments: list[str], turns: int) -> dict[str, Contender]:
+    contenders = {name: Contender(name, arguments) for name in names}
+    for turn in range(-1, turns):
+        for name, contender in contenders.items():
+            rates = [contender.turn(word)["rate"] for word in ("train", "evaluate")]
+            print(f"turn {turn + 1}: {name:<10}{rates[0]:>8.1f}{rates[1]:>8.1f} images/s", file=sys.stderr)
+            if turn < 0:
+                contender.results.clear()  # the first turn warms up
+    return contenders
+
+
+# ---- Limits --------------------------------------------------------------------------------------------------------
+
+
+def rate_of(operation: Callable[[], Any], amount: float, device: str) -> float:
+    """Return the best of 5 rates, in `amount` a second."""
+    times = []
+    for _ in range(6):
+        begun = time.monotonic()
+        operation()
+        synchronize(device)
+        times.append(time.monotonic() - begun)
+    return amount / min(times)
+
+
+def limits(variant: str, device: str, precision: str) -> dict[str, float]:
+    """Return the images/s that arithmetic alone and memory traffic alone would allow.
+
+    Arithmetic: three times the forward pass's multiply-accumulates at the rate of a large matrix product. Traffic:
+    every convolution's input read and output written once, and in the backward pass both read and the input's
+    gradient written, at the rate of a large copy; nothing between convolutions touches memory.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size, network, elements = 4096 if device == "cuda" else 2048, BUILDERS[variant](), []
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, x, y: elements.append(3 * x[0].numel() + 2 * y.numel()))
+    macs = common.count_macs(network, 32)[""]
+    network.eval()(torch.zeros(1, 3, 32, 32))
+    elements = elements[-len(elements) // 2 :]  # counting runs the network too
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    source, target = (torch.zeros(1 << 26, device=device) for _ in range(2))
+    flops = rate_of(lambda: matrix @ matrix, 2 * size**3, device)
+    traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), device)
+    return {
+        "flops": flops,
+        "bytes": traffic,
+        "arithmetic": flops / (6 * macs),
+        "traffic": traffic / (sum(elements) * dtype.itemsize),
+    }
+
+
+# ---- Start-up ------------------------------------------------------------------------------------------------------
+
+
+def first_step(options: argparse.Namespace) -> None:
+    """Do what a script does until its first step is done, without compiling, and print the seconds since its start."""
+    common.keep_freed_memory()
+    device = common.pick_device(options.device, 0)
+    config = common.settle(common.Config(data_dir=options.data_dir, compile="off"), device, PROJECT_SIZE, None)
+    data = common.load_data(config, device)
+    network = MobileNetV4().to(device, memory_format=common.layout(device))
+    state = common.State(network, MobileNetV4(), common.make_optimizers(network, config))
+    images, labels = data.train_images[: config.batch_size], data.train_labels[: config.batch_size]
+    common.make_loss(state, data, config)(images, labels).backward()
+    for optimizer in state.optimizers:
+        optimizer.step()
+    synchronize(options.device)
+    print(time.time() - float(os.environ["STARTED"]))
+
+
+def start_up(arguments: list[str]) -> float:
+    """Return the median of three starts, after one that leaves a cache."""
+    seconds = []
+    for _ in range(4):
+        environment = {**os.environ, "STARTED": str(time.time())}
+        command = [sys.executable, "-m", "benchmarks.throughput", "--work", "start", *arguments]
+        seconds.append(float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout))
+    return statistics.median(seconds[1:])
+
+
+# ---- Report --------------------------------------------------------------------------------------------------------
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    kind = type(getattr(common.Config(), name.replace("-", "_")))
+    return name.replace("-", "_"), kind(value)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
+    parser.add_argument("--batch-size", type=int, default=common.Config.batch_size)
+    parser.add_argument("--images", type=int, default=2560, help="in an epoch of one turn")
+    parser.add_argument("--turns", type=int, default=5, help="that count, after one that warms up")
+    parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
+    parser.add_argument("--contenders", nargs="+", default=["plain", "baseline", "enhanced"])
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the project's settings")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    options.settings = dict(map(setting, options.set))
+    return options
+
+
+def report(contenders: dict[str, Contender], options: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines of the table."""
+
+    def median(name: str, word: str, key: str = "rate") -> float:
+        return statistics.median(result[key] for result in contenders[name].results[word])
+
+    yield f"{'':<12}{'images/s':>10}{'lowest':>8}{'highest':>9}{'ratio':>7}{'evaluation':>12}{'ratio':>7}{'GiB':>6}"
+    first = next(iter(contenders))
+    for name, contender in contenders.items():
+        rates = [result["rate"] for result in contender.results["train"]]
+        yield (
+            f"{name:<12}{median(name, 'train'):>10.1f}{min(rates):>8.1f}{max(rates):>9.1f}"
+            f"{median(name, 'train') / median(first, 'train'):>7.2f}{median(name, 'evaluate'):>12.1f}"
+            f"{median(name, 'evaluate') / median(first, 'evaluate'):>7.2f}"
+            f"{median(name, 'train', 'memory') / 2**30:>6.2f}  {contender.about['about']}"
+        )
+    for name, contender in contenders.items():
+        shares = contender.turn("profile")
+        yield f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005)
+    for name in contenders.keys() & BUILDERS.keys():
+        precision = contenders[name].about["about"][:4]
+        found = limits(name, options.device, precision)
+        yield (
+            f"{name}: at most {found['arithmetic']:,.0f} images/s by arithmetic ({found['flops'] / 1e9:,.0f} GFLOP/s "
+            f"in {precision}), {found['traffic']:,.0f} by memory traffic ({found['bytes'] / 1e9:,.0f} GB/s)"
+        )
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options = parse(arguments)
+    if options.work:
+        return first_step(options) if options.work == "start" else work(options.work, options)
+    print(f"python -m benchmarks.throughput {' '.join(arguments)}")
+    print(f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
+    if options.device == "cuda":
+        print(torch.cuda.get_device_name())
+    elif Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        print(next(line for line in lines if line.startswith("model name")), f"x {os.cpu_count()}", sep=", ")
+    for line in report(take_turns(options.contenders, arguments, options.turns), options):
+        print(line, flush=True)
+    if options.data_dir:
+        print(f"import to first step, second start, not compiled: {start_up(arguments):.1f} s")
+
+
+if __name__ == "__main__":
+    main()

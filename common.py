@@ -102,6 +102,14 @@ class Config:
     evaluate: bool = setting(False, "evaluate the run's checkpoint and stop", place=True)
     summary: bool = setting(False, "print the network's table and stop", place=True)
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, about = getattr(self, item.name), item.metadata
+            if "choices" in about and value not in about["choices"]:
+                raise ValueError(f"{item.name} must be one of {', '.join(about['choices'])}, got {value}")
+            if about["low"] is not None and not about["low"] <= value <= about["high"]:
+                raise ValueError(f"{item.name} must be from {about['low']:g} to {about['high']:g}, got {value}")
+
     def recipe(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self) if "place" not in item.metadata}
 
@@ -195,12 +203,9 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
         fast_bf16 = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes the time of 100,000
     choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"} | (saved or {})
-    config = replace(
-        config, **{key: choices[key] for key in ("precision", "compile") if getattr(config, key) == "auto"}
-    )
-    if config.compile == "on" and not saved and not can_compile(device):
-        config = replace(config, compile="off")
-    return config
+    if config.compile == "auto" and choices["compile"] == "on" and not saved and not can_compile(device):
+        choices["compile"] = "off"
+    return replace(config, **{key: choices[key] for key in ("precision", "compile") if getattr(config, key) == "auto"})
 
 
 @functools.cache
@@ -322,12 +327,17 @@ def synthetic_images(config: Config) -> tuple[list[str], Arrays, Arrays]:
     return [f"pattern {label}" for label in range(10)], draw(1280), draw(320)
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")  # of pictures; some others would start programs
+
+
 def fit_image(image: Image.Image, size: int) -> Image.Image:
     """Bring any picture to RGB and `size` x `size` pixels: the square in its centre, resized.
 
     This is the one rule for training images, test images and prediction.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("F", "I"):
+        raise ValueError("32 bits a pixel, of unknown range")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode.endswith(("A", "a")) or "transparency" in image.info:
@@ -352,7 +362,7 @@ def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
     check_memory(root, sum(map(len, splits)) * size * size * 3)
     with contextlib.ExitStack() as alone:  # of two runs that begin together, the second takes the first one's cache
         with contextlib.suppress(OSError):  # a folder that cannot be written has neither lock nor cache
-            alone.enter_context(exclusive(root / ".lock", wait=True))
+            alone.enter_context(exclusive(root / ".data.lock", wait=True))
         images = read_images(root, splits, size)
     labels = [np.array([label for _, label in split], dtype=np.int64) for split in splits]
     return classes, (images[0], labels[0]), (images[1], labels[1])
@@ -364,6 +374,8 @@ def read_images(root: Path, splits: list[list[tuple[str, int]]], size: int) -> l
     for path, status in files:
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
             raise RunError(f"{path}: not a file")
+    if links := len(files) - len({(status.st_dev, status.st_ino) for _, status in files}):
+        print(f"notice: {links} of the {len(files)} pictures in {root} are links to others of them")
     listing = [(path.removeprefix(str(root)), status.st_size, status.st_mtime_ns) for path, status in files]
     key, cache = hashlib.sha256(repr((FORMAT, size, listing)).encode()).hexdigest(), root / f".cache-{size}px.npz"
     images = read_cache(cache, key, [(len(split), size, size, 3) for split in splits])
@@ -390,12 +402,20 @@ def check_memory(root: Path, needed: int) -> None:
 def read_cache(path: Path, key: str, shapes: list[tuple[int, ...]]) -> list[np.ndarray] | None:
     """Return the decoded images, or None where there is no cache, or a damaged one, or one of other files."""
     try:
+        check_archive(path, path.stat().st_size)
         with np.load(path, allow_pickle=False) as cache:  # a zip archive, whose checksums are verified
-            arrays = [cache["train"], cache["test"]]
+            arrays = [np.ascontiguousarray(cache[name]) for name in ("train", "test")]
             fresh = str(cache["key"]) == key and [array.shape for array in arrays] == shapes
     except Exception:  # a damaged file can fail anywhere in the parsers
         return None
-    return arrays if fresh else None
+    return arrays if fresh and {array.dtype for array in arrays} == {np.dtype(np.uint8)} else None
+
+
+def check_archive(file: Path | BinaryIO, size: int) -> None:
+    """Refuse a zip archive that would fill the memory: one that unpacks to more than the `size` of its file."""
+    with zipfile.ZipFile(file) as archive:
+        if sum(item.file_size for item in archive.infolist()) > size:
+            raise ValueError(f"it unpacks to more than its {size:,} bytes")
 
 
 def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
@@ -403,7 +423,7 @@ def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for index, path in enumerate(paths):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 images[index] = np.asarray(fit_image(image, size))
         except Exception as error:  # a damaged file can fail anywhere in the decoders
             raise RunError(f"{path}: not a readable image ({one_line(error)})") from None
@@ -430,7 +450,7 @@ def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
     archive = root / CIFAR10.filename
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with exclusive(root / ".download.lock", wait=True):
+        with exclusive(root / ".data.lock", wait=True):
             with contextlib.suppress(RuntimeError):
                 return official_batches(root)  # another process was faster
             if not check_integrity(archive, CIFAR10.tgz_md5):
@@ -445,6 +465,9 @@ def fetch_cifar10(root: Path, url: str) -> list[CIFAR10]:
             "to a folder with train/ and test/ that hold a folder of images for each class; try the installation "
             "with --synthetic"
         ) from None
+
+
+ARCHIVE_BYTES = 170_498_071
 
 
 def download(url: str, archive: Path, md5: str) -> None:
@@ -473,6 +496,9 @@ def download(url: str, archive: Path, md5: str) -> None:
         with response, bar, open(part, "ab" if start else "wb") as file, cut:
             while block := response.read(1 << 16):
                 bar.update(file.write(block))
+                if file.tell() > ARCHIVE_BYTES:
+                    part.unlink()
+                    raise OSError(f"what came is larger than {ARCHIVE_BYTES:,} bytes")
         if part.stat().st_size >= whole > start and not check_integrity(part, md5):
             part.unlink()
             raise OSError(f"the MD5 of what came is not {md5}")
@@ -817,7 +843,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # of a run that died
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -837,7 +864,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
     """Hold a lock that dies with this process; without `wait`, raise BlockingIOError if another one holds it."""
-    with open(path, "w") as file:
+    with open(path, "a+") as file:  # which changes nothing in what may lie there
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
@@ -887,18 +914,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RunError: naming the file, if it is damaged, of another program, or of a newer format.
     """
+    if not path.is_file():
+        raise RunError(f"{path}: not a file")
     content = path.read_bytes()
     with reading(path):
         if hashlib.sha256(content[:-34]).digest() != content[-32:]:
             raise ValueError("it does not match its checksum")
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(item.compress_type for item in archive.infolist()):  # a small file could fill the memory
-                raise ValueError("it is compressed")
+        check_archive(io.BytesIO(content), len(content))
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved.get("format", 0) > FORMAT:
             raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
         if lacking := [key for key, kind in PARTS.items() if not isinstance(saved.get(key), kind)]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
+        values = [*saved["recipe"].values(), *saved["network"].values()]
+        values = [item for value in values for item in (value if isinstance(value, list) else [value])]
+        if odd := [type(value).__name__ for value in values if not isinstance(value, int | float | str)]:
+            raise ValueError(f"a setting is a {odd[0]}")
+        if not 1 <= saved["epoch"] <= saved["recipe"]["epochs"]:
+            raise ValueError(f"its epoch is {saved['epoch']} of {saved['recipe']['epochs']}")
         return saved
 
 
@@ -914,16 +947,24 @@ def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> 
 
 
 def restore(path: Path, saved: dict[str, Any], state: State) -> None:
-    """Put weights and optimizer states back; other names or shapes are refused."""
+    """Put weights and optimizer states back; other names, other shapes and values that are not finite are refused."""
     with reading(path):
         state.raw.load_state_dict(saved["model"])
         state.averaged.load_state_dict(saved["averaged"])
-        for optimizer, tensors in zip(state.optimizers, saved["optimizer"], strict=True):
-            optimizer.load_state_dict(tensors)
+        for tensor in (*floating_tensors(state.raw), *floating_tensors(state.averaged)):
+            if not tensor.isfinite().all():
+                raise ValueError("a weight is not finite")
+        for optimizer, values in zip(state.optimizers, saved["optimizer"], strict=True):
+            names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+            optimizer.load_state_dict(
+                {"state": values["state"], "param_groups": optimizer.state_dict()["param_groups"]}
+            )
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                shapes = {value.shape for value in optimizer.state[parameter].values() if value.ndim}
-                if shapes != {parameter.shape}:
-                    raise ValueError("the optimizer's state has other shapes than the weights")
+                values = optimizer.state[parameter]
+                if values.keys() != names or {value.shape for value in values.values() if value.ndim} != {
+                    parameter.shape
+                }:
+                    raise ValueError("the optimizer's state has other names or shapes than the weights")
 
 
 # ---- Run -----------------------------------------------------------------------------------------------------------
@@ -939,7 +980,10 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
 
     # What is there already, and what can be told of it before the data are there
     path, about = config.output_dir / "checkpoint.pt", {"variant": name, "network": plain(arguments)}
-    saved = load_checkpoint(path) if path.exists() and not config.fresh else None
+    summary = config.output_dir / "summary.json"
+    saved = load_checkpoint(path) if os.path.lexists(path) and not config.fresh else None
+    if not saved and summary.exists() and not config.fresh:
+        raise RunError(f"{summary} is of a finished run whose checkpoint.pt is gone; {WAYS_ON}")
     if config.evaluate:
         if saved is None:
             raise RunError(f"--evaluate: there is no {path}, or --fresh would have it replaced")
@@ -1009,7 +1053,7 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
     """Train what is left, with a row of metrics.csv and a checkpoint after each epoch; return the seconds in all."""
     path, table, summary = (config.output_dir / name for name in ("checkpoint.pt", "metrics.csv", "summary.json"))
     if not done:
-        for old in (path, table, summary):
+        for old in (summary, table, path):  # the last one last: what dies in between has still its old run
             old.unlink(missing_ok=True)
     names = f"epoch,learning_rate,loss,{accuracy_name(config)},weights,images_per_second,seconds"
     lines = read_rows(table, done) if done else []
@@ -1042,8 +1086,9 @@ def read_rows(table: Path, done: int) -> list[str]:
     """Return the rows of the epochs done (one more may be ahead of the checkpoint), all unknown if any is lost."""
     with contextlib.suppress(OSError, ValueError):
         rows = table.read_text().splitlines()[1 : done + 1]
-        epochs, seconds = [row.split(",")[0] for row in rows], sum(float(row.split(",")[-1]) for row in rows)
-        if epochs == [str(epoch) for epoch in range(1, done + 1)] and math.isfinite(seconds):
+        numbers = [[float(cell) for cell in row.split(",") if cell != HEADLINE] for row in rows]
+        sound = all(len(row) == 6 and all(0 <= number < math.inf for number in row) for row in numbers)
+        if sound and [row[0] for row in numbers] == [*range(1, done + 1)]:
             return rows
     print(f"notice: {table} does not hold the {done} epochs done; their time is not known")
     return [f"{epoch}{',nan' * 6}" for epoch in range(1, done + 1)]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import os
 import pickle
 import zipfile
@@ -117,22 +118,81 @@ def test_a_newer_or_foreign_checkpoint_is_refused_with_the_ways_on(checkpoint, c
         common.load_checkpoint(path)
 
 
-def test_a_compressed_file_which_could_fill_the_memory_is_refused(checkpoint):
-    path, _ = checkpoint
+@pytest.mark.parametrize("how", ["compressed", "overlapping"])
+def test_a_small_file_that_would_fill_the_memory_is_refused(checkpoint, how):
+    path, state = checkpoint
+    state.raw.classifier.weight.data = torch.zeros(100, 1000)
+    common.save_checkpoint(path, state, 1, ABOUT)
     with zipfile.ZipFile(path) as archive:
         items = [(item.filename, archive.read(item)) for item in archive.infolist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED) as archive:
         for name, content in items:
             archive.writestr(name, content)
+        if how == "overlapping":  # many names for one content
+            archive.filelist += [max(archive.filelist, key=lambda item: item.file_size)] * 9
     path.write_bytes(sealed(path.read_bytes()))
-    with pytest.raises(RunError, match="it is compressed"):
+    with pytest.raises(RunError, match="it unpacks to more than its"):
         common.load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 0}, "its epoch is 0 of 1"),
+        ({"epoch": 10**9}, "its epoch is 1000000000 of 1"),
+        ({"network": {"width": torch.zeros(2)}}, "a setting is a Tensor"),
+        ({"network": {"strides": [[1], [1]]}}, "a setting is a list"),
+    ],
+)
+def test_odd_contents_are_refused(checkpoint, change, message):
+    path, _ = checkpoint
+    common.write_checkpoint(path, torch.load(path, weights_only=True) | change)
+    with pytest.raises(RunError, match=rf"not a usable checkpoint \({message}"):
+        common.load_checkpoint(path)
+
+
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for make in (
+        os.mkfifo,
+        os.mkdir,
+        lambda path: os.symlink("nowhere", path),
+        lambda path: os.symlink("/dev/zero", path),
+    ):
+        make(path)
+        with pytest.raises(RunError, match=r"checkpoint\.pt: not a file"):
+            common.load_checkpoint(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_run_whose_checkpoint_has_gone_is_not_started_over_unasked(tmp_path):
+    command = ("baseline", "--synthetic", "--output-dir", tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    result = run_script(*command)
+    assert result.returncode == 1
+    assert "summary.json is of a finished run whose checkpoint.pt is gone" in result.stderr
+    assert (tmp_path / "summary.json").exists()
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "checkpoint.pt").symlink_to("a disk that is not there")
+    result = run_script(*command)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path / 'checkpoint.pt'}: not a file\n"
+
+
+def test_a_temporary_that_is_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "a.tmp").symlink_to("victim")
+    (tmp_path / ".lock").symlink_to("victim")
+    with common.exclusive(tmp_path / ".lock", wait=False), common.replacing(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_settings_of_a_foreign_checkpoint_that_are_of_another_kind_are_refused(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
-    recipe = {"holdout": "some", "seed": 0}
+    recipe = {"epochs": 1, "holdout": "some", "seed": 0}
     foreign = {"format": 1, "variant": "baseline", "network": {}, "recipe": recipe, "data": "", "epoch": 1}
     common.write_checkpoint(output / "checkpoint.pt", foreign | {"model": {}, "averaged": {}})
     result = run_script("baseline", "--synthetic", "--evaluate", "--output-dir", output)
@@ -141,18 +201,33 @@ def test_settings_of_a_foreign_checkpoint_that_are_of_another_kind_are_refused(t
     assert result.stderr.count("\n") == 1
 
 
-def test_other_shapes_are_refused(checkpoint):
+def test_other_shapes_or_names_and_values_that_are_not_finite_are_refused(checkpoint):
     path, state = checkpoint
     for part in ("model", "averaged"):
-        saved = common.load_checkpoint(path)
-        saved[part]["classifier.weight"] = torch.zeros(3, 5)
-        with pytest.raises(RunError, match=r"classifier\.weight"):
-            common.restore(path, saved, state)
-    for values in ({"momentum": torch.zeros(3)}, {}):  # an empty state would start over unnoticed
+        for value, message in (
+            (torch.zeros(3, 5), r"classifier\.weight"),
+            (torch.full((3, 4), math.nan), "not finite"),
+        ):
+            saved = common.load_checkpoint(path)
+            saved[part]["classifier.weight"] = value
+            with pytest.raises(RunError, match=message):
+                common.restore(path, saved, state)
+    good = {"momentum": torch.zeros(8, 3, 3, 3)}
+    for values in ({"momentum": torch.zeros(3)}, {}, {"velocity": good["momentum"]}):  # {} would start over unnoticed
         saved = common.load_checkpoint(path)
         saved["optimizer"][0]["state"][0] = values
-        with pytest.raises(RunError, match="other shapes"):
+        with pytest.raises(RunError, match="other names or shapes"):
             common.restore(path, saved, state)
+
+
+def test_the_settings_of_the_optimizers_are_the_command_lines_and_not_the_files(checkpoint):
+    path, state = checkpoint
+    saved = common.load_checkpoint(path)
+    for optimizer in saved["optimizer"]:
+        optimizer["param_groups"] = [{"lr": 7.0, "momentum": 7.0, "params": []}]
+    common.restore(path, saved, state)
+    assert state.optimizers[0].param_groups[0]["momentum"] == CONFIG.momentum
+    assert state.optimizers[1].param_groups[0]["betas"] == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("where", ["open", "fsync", "replace"])
@@ -176,9 +251,10 @@ def test_a_full_disk_is_told_with_path_and_cause_and_leaves_the_old_file_whole(c
 
 def test_a_leftover_of_a_dead_run_is_written_over(checkpoint):
     path, state = checkpoint
+    path.unlink()
     path.with_name("checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
-    common.save_checkpoint(path, state, 2, ABOUT)
-    assert common.load_checkpoint(path)["epoch"] == 2
+    common.save_checkpoint(path, state, 1, ABOUT)
+    common.load_checkpoint(path)
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
 
 
@@ -222,11 +298,12 @@ def test_rows_ahead_of_the_checkpoint_are_cut_and_a_fresh_run_leaves_nothing_old
     data = small_data()
     config = Config(epochs=2, batch_size=5, precision="fp32", compile="off", output_dir=tmp_path)
     state, _ = train(config, epochs=1)
-    (tmp_path / "metrics.csv").write_text("epoch,seconds\n1,5.0\n2,9.0\n")
+    row = "1,0.01,1.5,90.00,averaged,300.0,5.0"
+    (tmp_path / "metrics.csv").write_text(f"epoch,...\n{row}\n2,0.01,1.5,90.00,averaged,300.0,9.0\n")
     (tmp_path / "summary.json").write_text("old")
     seconds = common.train(state, data, config, ABOUT, 1)
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert rows[1] == "1,5.0"
+    assert rows[1] == row
     assert rows[2].startswith("2,0.")
     assert len(rows) == 3
     assert 5 <= seconds < 9

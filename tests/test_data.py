@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import pickle
+import re
 import struct
 import tarfile
 import threading
@@ -15,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, start, write_folders
+from conftest import CLASSES, flags, run_script, start, write_folders
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -219,6 +220,61 @@ def test_classes_may_have_any_name(tmp_path):
     assert torch.load(path, weights_only=True)["classes"] == data.classes
 
 
+def test_a_picture_starts_no_program_whatever_its_name(folders, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr("subprocess.check_call", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n{} loop\n%%EOF\n"
+    (folders / "train" / "cat" / "script.png").write_bytes(script)
+    with pytest.raises(RunError, match=r"script\.png: not a readable image"):
+        load(folders)
+    assert not started
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pictures_of_unknown_range_are_named_rather_than_guessed(folders, mode):
+    Image.new(mode, (32, 32), 1).save(folders / "train" / "cat" / "deep.tif")
+    with pytest.raises(RunError, match=r"deep\.tif: not a readable image \(32 bits a pixel"):
+        load(folders)
+
+
+def test_pictures_that_are_there_more_than_once_are_told(folders, capsys):
+    os.symlink(".", folders / "train" / "cat" / "loop")
+    load(folders)
+    assert re.search(r"notice: \d+ of the \d+ pictures in .* are links", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64, bool])
+def test_a_cache_of_another_kind_is_made_again(folders, kind):
+    first = load(folders)
+    cache = folders / ".cache-32px.npz"
+    with np.load(cache) as arrays:
+        key, train, test = (arrays[name] for name in ("key", "train", "test"))
+    np.savez(cache, key=key, train=train.astype(kind), test=test.astype(kind))
+    assert load(folders).fingerprint == first.fingerprint
+    np.savez(cache, key=key, train=np.asfortranarray(train), test=test)
+    assert load(folders).fingerprint == first.fingerprint
+    np.savez_compressed(cache, key=key, train=np.zeros((10**5, 100), np.uint8), test=test)
+    assert common.read_cache(cache, str(key), [(10**5, 100), test.shape]) is None  # never unpacked
+
+
+def test_a_run_may_be_kept_where_its_pictures_are(folders):
+    result = run_script("baseline", *flags(folders, folders, 1))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_download_that_never_ends_is_ended(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(common, "ARCHIVE_BYTES", len(server.content))
+    server.tells_length, right, server.content = False, server.content, b"x" * 10**6
+    with pytest.raises(RunError, match="what came is larger than"):
+        load(tmp_path / "data", data_url=server.url)
+    assert not list((tmp_path / "data").glob("cifar*"))
+    server.content = right
+    load(tmp_path / "data", data_url=server.url)
+
+
 def test_a_data_directory_that_is_a_file_is_named(tmp_path):
     (tmp_path / "data").write_text("")
     with pytest.raises(RunError, match="File exists"):
@@ -345,14 +401,14 @@ def test_both_scripts_download_at_once_and_end_well(tmp_path, server):
         assert process.returncode == 0, errors
     assert server.ranges == [None]
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
-        ".download.lock",
+        ".data.lock",
         CIFAR10.base_folder,
         CIFAR10.filename,
     ]
 
 
 def test_two_starts_at_once_decode_the_pictures_once(folders):
-    with common.exclusive(folders / ".lock", wait=False):
+    with common.exclusive(folders / ".data.lock", wait=False):
         other = threading.Thread(target=load, args=(folders,))
         other.start()
         other.join(0.5)

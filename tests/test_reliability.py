@@ -318,7 +318,17 @@ def test_two_runs_at_once_in_one_place_and_the_second_is_refused(half_done, pict
     assert results_of(half_done) == results_of(undisturbed("baseline")[0])
 
 
-@pytest.mark.parametrize("loss", [None, "epoch,seconds\n", "epoch,seconds\n1,x\n", b"\xff\xfe", "h\n" + "7,1.0\n" * 9])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        None,
+        "epoch,seconds\n",
+        "epoch,seconds\n1,x\n",
+        b"\xff\xfe",
+        "h\n" + "7,1.0\n" * 9,
+        "h\n1,1,1,1,averaged,1,-1\n2,1,1,1,averaged,1,1\n",
+    ],
+)
 def test_lost_rows_of_the_metrics_are_told_and_make_no_time_wrong(loss, tmp_path, capsys):
     table = tmp_path / "metrics.csv"
     if loss is not None:
@@ -327,8 +337,9 @@ def test_lost_rows_of_the_metrics_are_told_and_make_no_time_wrong(loss, tmp_path
     assert f"{table} does not hold the 2 epochs done" in capsys.readouterr().out
     assert [row.split(",")[0] for row in rows] == ["1", "2"]
     assert all(math.isnan(float(row.split(",")[-1])) for row in rows)
-    table.write_text("epoch,seconds\n1,2.5\n2,3.5\n3,4.5\n")
-    assert common.read_rows(table, 2) == ["1,2.5", "2,3.5"]
+    good = [f"{epoch},0.01,1.5,90.00,averaged,300.0,2.5" for epoch in (1, 2, 3)]
+    table.write_text("\n".join(["epoch,...", *good]))
+    assert common.read_rows(table, 2) == good[:2]
 
 
 def test_a_run_with_lost_metrics_continues_and_reports_no_time(half_done, pictures, undisturbed):

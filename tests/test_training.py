@@ -343,6 +343,20 @@ def test_compilation_is_chosen_from_the_configured_total(monkeypatch):
     assert choose(10, 50_000) == "off"  # and is recorded so
 
 
+def test_who_asks_for_compilation_where_there_is_none_can_continue(monkeypatch):
+    monkeypatch.setattr(common, "can_compile", lambda device: False)
+    first = common.settle(Config(compile="on"), CPU, 50_000, None)
+    assert first.compile == common.settle(Config(compile="on"), CPU, 50_000, first.recipe()).compile == "on"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 0), ("momentum", -0.1), ("average", math.nan), ("seed", 2**32), ("precision", "fp8")]
+)
+def test_a_configuration_beyond_its_limits_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be .*, got {value}"):
+        Config(**{name: value})
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("No C++ compiler\nand much more")

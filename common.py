@@ -39,6 +39,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
@@ -181,7 +182,43 @@ def pick_device(requested: str, threads: int) -> torch.device:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # numbers too small for the normal format would be tens of times slower
     torch.backends.cudnn.deterministic = True
-    return torch.device(found[0] if requested == "auto" else requested)
+    device = found[0] if requested == "auto" else requested
+    return torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the other processes that torchrun started; without torchrun this does nothing."""
+    if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ["GROUP_WORLD_SIZE"] == "1":  # one machine: its restarts would find addresses of the dead
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return which of the processes that train together this one is, from 0, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def from_first(value: Any) -> Any:
+    """Return what the first process has."""
+    box = [value]
+    if rank_and_size()[1] > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average_processes(tensors: list[Tensor]) -> None:
+    """Replace tensors of one type by their mean over all processes."""
+    _, size = rank_and_size()
+    if size > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = flat.div_(size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def layout(device: torch.device) -> torch.memory_format:
@@ -197,6 +234,11 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
     if config.batch_size > images:
         print(f"notice: --batch-size {config.batch_size} is brought down to the {images} training images")
         config = replace(config, batch_size=images)
+    _, size = rank_and_size()
+    if config.batch_size % size or config.batch_size < 2 * size:  # BN needs two images
+        raise RunError(
+            f"--batch-size {config.batch_size}: {size} processes cannot share it equally, two images or more each"
+        )
     if device.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -699,14 +741,20 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # from images, uint8 (N, H, W, 3), an
 
 
 def make_loss(state: State, data: Data, config: Config) -> Loss:
-    """Return the loss to train with, compiled where the configuration says so."""
-    forward = make_forward(state.raw, data, config)
+    """Return the loss to train with, compiled where the configuration says so, its gradients those of all processes."""
+    network, parallel = state.raw, rank_and_size()[1] > 1
+    if parallel:
+        network = nn.parallel.DistributedDataParallel(network)
+        network.broadcast_buffers = False  # train_epoch averages them, once in an epoch
+    forward = make_forward(network, data, config)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
-    compiled = config.compile == "on" and can_compile(data.train_images.device)
-    return compile_loss(loss_of, state, data, config) if compiled else loss_of
+    if config.compile == "off" or not can_compile(data.train_images.device):
+        return loss_of
+    with network.no_sync() if parallel else contextlib.nullcontext():  # they compile one after the other
+        return compile_loss(loss_of, state, data, config)
 
 
 def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Loss:
@@ -716,7 +764,8 @@ def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Los
     before = [tensor.clone() for tensor in statistics]
     try:
         with compiling():
-            fast(data.train_images[: config.batch_size], data.train_labels[: config.batch_size]).backward()
+            share = slice(config.batch_size // rank_and_size()[1])
+            fast(data.train_images[share], data.train_labels[share]).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
     torch._foreach_copy_(statistics, before)
@@ -727,21 +776,22 @@ def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Los
 def train_epoch(state: State, loss_of: Loss, data: Data, config: Config, epoch: int, bar: tqdm) -> tuple[float, float]:
     """Train for one epoch (the first is 1); return its mean loss and the part of the peak rate at its end.
 
-    The images that do not fill a batch are left out, others in each epoch. Losses stay on the device.
+    The images that do not fill a batch are left out, others in each epoch. Of several processes, each takes its share
+    of every batch. Losses stay on the device.
     """
-    device, count = data.train_images.device, len(data.train_images)
+    device, count, (rank, size) = data.train_images.device, len(data.train_images), rank_and_size()
     steps = count // config.batch_size
     total = config.epochs * steps
     state.raw.train()
     drawn = draw_epoch(count, config, epoch, device)
-    torch.manual_seed(random_generator(config.seed, epoch).initial_seed())  # of dropout and stochastic depth
+    torch.manual_seed(random_generator(config.seed, epoch).initial_seed() + rank)  # of dropout and stochastic depth
     averaging = floating_tensors(state.averaged), floating_tensors(state.raw)
     losses = torch.zeros(steps, device=device)
-    checked = time.monotonic()
     for step in range(steps):
         done = (epoch - 1) * steps + step
         rate = schedule(done, total, config.warmup)
-        batch = slice(step * config.batch_size, (step + 1) * config.batch_size)
+        start, share = step * config.batch_size, config.batch_size // size
+        batch = slice(start + rank * share, start + (rank + 1) * share)
         images = augment(data.train_images, drawn, batch, config)
         loss = loss_of(images, data.train_labels[drawn["order"][batch]])
         loss.backward()
@@ -755,10 +805,16 @@ def train_epoch(state: State, loss_of: Loss, data: Data, config: Config, epoch: 
         torch._foreach_lerp_(*averaging, max(1 / max(1.0, config.average * total), 10 / (10 + done)))
         losses[step] = loss.detach()
         bar.update()
-        if step == steps - 1 or time.monotonic() - checked > 10:  # seconds; reading a loss waits for the device
+        if step == steps - 1 or step % 100 == 99:  # reading a loss waits for the device
+            average_processes([losses[: step + 1]])
             check_losses(losses[: step + 1], epoch, rate * config.learning_rate)
-            checked = time.monotonic()
+    average_processes([tensor for network in (state.raw, state.averaged) for tensor in statistics_of(network)])
     return losses.mean().item(), rate
+
+
+def statistics_of(network: nn.Module) -> list[Tensor]:
+    """Return BN's running means and variances."""
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
 
 
 def floating_tensors(network: nn.Module) -> list[Tensor]:
@@ -799,10 +855,19 @@ def accuracy_name(config: Config) -> str:
 
 @torch.no_grad()
 def predict(network: nn.Module, images: Tensor, data: Data, config: Config, *, flip: bool = False) -> Tensor:
-    """Return the logits of all images, float32 (N, classes) on the CPU, those of the reflected images if `flip`."""
+    """Return the logits of all images, float32 (N, classes) on the CPU, those of the reflected images if `flip`.
+
+    Of several processes, each computes its share of the batches, and all get all logits.
+    """
     network.eval()
-    forward = make_forward(network, data, config)
-    return torch.cat([forward(batch.flip(2) if flip else batch) for batch in images.split(250)]).cpu()
+    forward, (rank, size) = make_forward(network, data, config), rank_and_size()
+    logits = torch.zeros(len(images), len(data.classes), device=images.device)
+    batches = list(zip(images.split(250), logits.split(250), strict=True))
+    for batch, result in batches[rank::size]:
+        result.copy_(forward(batch.flip(2) if flip else batch))
+    if size > 1:
+        dist.all_reduce(logits)
+    return logits.cpu()
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -977,11 +1042,14 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     if config.summary:
         print_summary(build(num_classes=10, **arguments), config.image_size)
         return
+    join_processes(device)
+    rank, size = rank_and_size()
 
     # What is there already, and what can be told of it before the data are there
     path, about = config.output_dir / "checkpoint.pt", {"variant": name, "network": plain(arguments)}
     summary = config.output_dir / "summary.json"
-    saved = load_checkpoint(path) if os.path.lexists(path) and not config.fresh else None
+    saved = load_checkpoint(path) if rank == 0 and os.path.lexists(path) and not config.fresh else None
+    saved = from_first(saved)
     if not saved and summary.exists() and not config.fresh:
         raise RunError(f"{summary} is of a finished run whose checkpoint.pt is gone; {WAYS_ON}")
     if config.evaluate:
@@ -997,6 +1065,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     # Data and network
     data = load_data(config, device)
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
+    config = replace(config, **from_first(config.recipe()))  # another processor may choose otherwise
     about |= {
         "recipe": config.recipe(),
         "seed": config.seed,
@@ -1006,6 +1075,8 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         "mean": data.mean,
         "std": data.std,
     }
+    if from_first(about) != about:
+        raise RunError(f"process {rank} has other settings or data than process 0")
     torch.manual_seed(config.seed)
     network = build(num_classes=len(data.classes), **arguments).to(device, memory_format=layout(device))
     state = State(network, copy.deepcopy(network), make_optimizers(network, config))
@@ -1020,7 +1091,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     facts = {
         "parameters": count_parameters(network),
         "macs": count_macs(network, config.image_size)[""],
-        "device": f"{device.type} ({reason}), {chip}, {torch.get_num_threads()} threads, {config.precision}, "
+        "device": f"{device.type} ({reason}), {chip}, {size} x {torch.get_num_threads()} threads, {config.precision}, "
         f"compilation {config.compile}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}",
@@ -1040,7 +1111,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         print(f"{accuracy_name(config)} {weights:<13}{value:6.2f}%{'  (headline)' if weights == HEADLINE else ''}")
     if config.synthetic:
         print("the images are made up: this accuracy means nothing")
-    if not config.evaluate:
+    if not config.evaluate and rank == 0:
         report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
         report["seconds"] = None if math.isnan(seconds) else round(seconds, 1)
         report |= {"network": about["network"], "configuration": asdict(config)}
@@ -1052,18 +1123,21 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
 def train(state: State, data: Data, config: Config, about: dict[str, Any], done: int) -> float:
     """Train what is left, with a row of metrics.csv and a checkpoint after each epoch; return the seconds in all."""
     path, table, summary = (config.output_dir / name for name in ("checkpoint.pt", "metrics.csv", "summary.json"))
-    if not done:
+    first = rank_and_size()[0] == 0  # of several processes, which alone writes
+    if first and not done:
         for old in (summary, table, path):  # the last one last: what dies in between has still its old run
             old.unlink(missing_ok=True)
     names = f"epoch,learning_rate,loss,{accuracy_name(config)},weights,images_per_second,seconds"
-    lines = read_rows(table, done) if done else []
+    lines = read_rows(table, done) if first and done else []
     headline, begun = getattr(state, HEADLINE), time.perf_counter()
     if done < config.epochs:
         loss_of = make_loss(state, data, config)
         column = f"{accuracy_name(config)} ({HEADLINE})"
         print(f"epoch  learning rate     loss  {column:>27}  images/s  seconds")
     steps = len(data.train_images) // config.batch_size
-    with tqdm(total=config.epochs * steps, initial=done * steps, unit="step", leave=False, disable=None) as bar:
+    with tqdm(
+        total=config.epochs * steps, initial=done * steps, unit="step", leave=False, disable=None if first else True
+    ) as bar:
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             loss, rate = train_epoch(state, loss_of, data, config, epoch, bar)
@@ -1073,9 +1147,10 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
             result = accuracy(logits, data.test_labels)
             seconds, begun, rate = time.perf_counter() - begun, time.perf_counter(), rate * config.learning_rate
             lines.append(f"{epoch},{rate:.6f},{loss:.4f},{result:.2f},{HEADLINE},{speed:.1f},{seconds:.1f}")
-            with replacing(table) as file:
-                file.write("\n".join([names, *lines, ""]).encode())
-            save_checkpoint(path, state, epoch, about)
+            if first:
+                with replacing(table) as file:
+                    file.write("\n".join([names, *lines, ""]).encode())
+                save_checkpoint(path, state, epoch, about)
             with tqdm.external_write_mode():
                 text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
                 print(text)
@@ -1155,6 +1230,12 @@ def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
         if getattr(sys, stream) is None:  # closed: the next file opened, a checkpoint, would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # paths may have unshowable letters
-    alone = contextlib.nullcontext() if config.summary or config.evaluate else writing_alone(config.output_dir)
+    first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"  # it alone prints and writes
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    reads = config.summary or config.evaluate or not first
+    alone = contextlib.nullcontext() if reads else writing_alone(config.output_dir)
     with failures_in_one_line(config), alone:
         run(name, build, arguments, config)
+    if rank_and_size()[1] > 1:
+        dist.destroy_process_group()

@@ -741,20 +741,29 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # from images, uint8 (N, H, W, 3), an
 
 
 def make_loss(state: State, data: Data, config: Config) -> Loss:
-    """Return the loss to train with, compiled where the configuration says so, its gradients those of all processes."""
-    network, parallel = state.raw, rank_and_size()[1] > 1
-    if parallel:
-        network = nn.parallel.DistributedDataParallel(network)
-        network.broadcast_buffers = False  # train_epoch averages them, once in an epoch
-    forward = make_forward(network, data, config)
+    """Return the loss to train with: compiled where the configuration says so, with gradients of all processes."""
+    forward = make_forward(state.raw, data, config)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
-    if config.compile == "off" or not can_compile(data.train_images.device):
-        return loss_of
-    with network.no_sync() if parallel else contextlib.nullcontext():  # they compile one after the other
-        return compile_loss(loss_of, state, data, config)
+    if config.compile == "on" and can_compile(data.train_images.device):
+        loss_of = compile_loss(loss_of, state, data, config)
+    if rank_and_size()[1] > 1:
+        loss_of = nn.parallel.DistributedDataParallel(LossModule(state.raw, loss_of))
+        loss_of.broadcast_buffers = False  # train_epoch averages them, once in an epoch
+    return loss_of
+
+
+class LossModule(nn.Module):
+    """A loss as a module, which DistributedDataParallel wants, with the network's parameters."""
+
+    def __init__(self, network: nn.Module, loss_of: Loss) -> None:
+        super().__init__()
+        self.network, self.loss_of = network, loss_of
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_of(images, labels)
 
 
 def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Loss:

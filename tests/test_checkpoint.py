@@ -166,7 +166,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
 
 
 def test_a_run_whose_checkpoint_has_gone_is_not_started_over_unasked(tmp_path):
-    command = ("baseline", "--synthetic", "--output-dir", tmp_path)
+    command = ("baseline", "--synthetic", "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     result = run_script(*command)
     assert result.returncode == 1

@@ -1196,10 +1196,7 @@ def failures_in_one_line(config: Config) -> Iterator[None]:
             "interrupted; the same command (without --fresh) continues after the last finished epoch", file=sys.stderr
         )
         sys.exit(130)
-    except RunError as error:
-        sys.exit(f"error: {printable(error)}")
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # stdout itself may have failed, and would again at the exit
+    except (RunError, OSError) as error:
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {printable(error)}")  # as in `| head`
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't alloc", str(error))):

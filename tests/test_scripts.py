@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from conftest import CLASSES, flags, run_script
+from PIL import Image
 
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
@@ -69,6 +70,10 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
     for part in ("epochs was 1 and is now 3", "learning_rate was 0.05 and is now 0.01", "--output-dir", "--fresh"):
         assert part in other.stderr
     assert other.stderr.count("\n") == 1
+    Image.new("RGB", (32, 32)).save(folders / "train" / CLASSES[0] / "another.png")
+    changed = run_script("baseline", *flags(folders, output, 1))
+    assert changed.returncode == 1
+    assert re.search(r"data was 40 \+ 7 images, \w+ and is now 41 \+ 7 images, \w+; .*--output-dir", changed.stderr)
     enhanced = run_script("enhanced", *flags(folders, output, 1))
     assert enhanced.returncode == 1
     assert "variant was baseline and is now enhanced" in enhanced.stderr

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import hashlib
 import http.client
+import importlib
 import io
 import json
 import math
@@ -275,11 +276,11 @@ def compiling() -> Iterator[None]:
     with exclusive(cache.with_name(cache.name + ".lock"), wait=True):
         if mark.exists():
             shutil.rmtree(cache)
-            headers = Path(torch._inductor.runtime.cache_dir_utils.default_cache_dir(), "precompiled_headers")
-            shutil.rmtree(headers, ignore_errors=True)
         cache.mkdir(exist_ok=True)
         mark.touch()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        codecache = importlib.import_module("torch._inductor.codecache")  # has settled already where headers go
+        codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(cache / "headers"), str(cache / "headers" / "locks")
         yield
         if os.name == "posix":
             os.sync()
@@ -1178,24 +1179,22 @@ def read_rows(table: Path, done: int) -> list[str]:
     return [f"{epoch}{',nan' * 6}" for epoch in range(1, done + 1)]
 
 
-def interrupt(*_: Any) -> None:
-    """Take the first Ctrl-C and no other, so that nothing disturbs the tidying up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 @contextlib.contextmanager
 def failures_in_one_line(config: Config) -> Iterator[None]:
     """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C; never with a traceback."""
+
+    def interrupt(*_: Any) -> None:
+        """End at once: an exception would wait for others' code, which may swallow it, and for a second Ctrl-C."""
+        for name in ("checkpoint.pt", "metrics.csv", "summary.json"):
+            (config.output_dir / f"{name}.tmp").unlink(missing_ok=True)
+        line = "interrupted; the same command (without --fresh) continues after the last finished epoch\n"
+        os.write(2, ("\r\x1b[K" * sys.stderr.isatty() + line).encode())  # over what is left of a progress bar
+        os._exit(130)
+
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command (without --fresh) continues after the last finished epoch", file=sys.stderr
-        )
-        sys.exit(130)
     except (RunError, OSError) as error:
         sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {printable(error)}")  # as in `| head`
     except (MemoryError, RuntimeError) as error:

@@ -234,9 +234,8 @@ def test_ctrl_c_ends_in_one_line_with_status_130_and_leaves_nothing_over(signals
 
 def test_code_that_swallows_exceptions_does_not_make_a_run_deaf_to_ctrl_c(tmp_path):
     def swallow() -> None:
-        with common.failures_in_one_line(Config(output_dir=tmp_path)):
-            with contextlib.suppress(BaseException):
-                signal.raise_signal(signal.SIGINT)
+        with common.failures_in_one_line(Config(output_dir=tmp_path)), contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
         os._exit(7)
 
     assert in_a_child("", swallow) == 130
@@ -608,7 +607,7 @@ def test_a_death_while_compiling_spoils_no_later_run(tmp_path, pictures, undistu
         process.communicate()
         result = run_script(*command, env=environment)
         assert result.returncode == 0, result.stderr
-        assert "notice" not in result.stdout
+        assert "notice" not in result.stdout, result.stdout
         assert results_of(output) == results_of(reference)
 
 

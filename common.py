@@ -270,7 +270,10 @@ def compiling() -> Iterator[None]:
     A process that dies meanwhile leaves damaged files, which PyTorch would try to load, or take for a processor that
     can do less; the next process finds the mark and drops the cache.
     """
+    codecache = importlib.import_module("torch._inductor.codecache")  # has settled already where headers go
     cache = Path(torch.hub.get_dir()).with_name("compiled")
+    if " " in str(cache):  # at which the compiler's command line would be split
+        cache = Path(codecache.default_cache_dir(), "compiled")
     mark = cache / "compiling"
     cache.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(cache.with_name(cache.name + ".lock"), wait=True):
@@ -279,7 +282,6 @@ def compiling() -> Iterator[None]:
         cache.mkdir(exist_ok=True)
         mark.touch()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-        codecache = importlib.import_module("torch._inductor.codecache")  # has settled already where headers go
         codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR = str(cache / "headers"), str(cache / "headers" / "locks")
         yield
         if os.name == "posix":

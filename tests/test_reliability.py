@@ -564,6 +564,13 @@ def test_compiled_code_is_kept_unless_its_making_was_cut_short(own_cache):
         assert [file.name for file in own_cache.iterdir()] == ["compiling"]
 
 
+def test_compiled_code_lies_where_compilers_find_it_also_when_the_home_has_a_space(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "two words"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # put back afterwards
+    with common.compiling():
+        assert " " not in os.environ["TORCHINDUCTOR_CACHE_DIR"]
+
+
 class Noisy(nn.Module):
     """Counts its training calls, as BN does, and has a parameter."""
 
@@ -597,7 +604,7 @@ def test_a_death_while_compiling_spoils_no_later_run(tmp_path, pictures, undistu
     """The cache of compiled code is cold, and the whole process group dies, as when a machine runs out of memory."""
     reference, _ = undisturbed("baseline", *DEFAULTS)
     for trial in range(4):
-        home, output = tmp_path / f"home {trial}", tmp_path / f"run {trial}"
+        home, output = tmp_path / f"home-{trial}", tmp_path / f"run {trial}"
         environment = {"TORCH_HOME": str(home), "TMPDIR": str(tmp_path)}
         command = ("baseline", *flags(pictures, output, EPOCHS), *DEFAULTS)
         process = start(*command, env=environment, start_new_session=True)

@@ -243,7 +243,7 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
     if device.type == "cuda":
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast_bf16 = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        fast_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX brings it too
     pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes the time of 100,000
     choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"} | (saved or {})
     if config.compile == "auto" and choices["compile"] == "on" and not saved and not can_compile(device):
@@ -652,7 +652,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (Jordan et al., kellerjordan.github.io/posts/muon).
 
     torch.optim.Muon takes one two-dimensional parameter at a time; this one takes convolutions too, as matrices
-    (out, in x height x width), and orthogonalises all of the same shape at once.
+    (out, in x height x width), and orthogonalises all of the same shape at once. A matrix of more than 512 rows and
+    columns is taken in blocks of 128 rows: whole, the one of this network would take as long as all convolutions'
+    forward passes together, and trained no better (results/tuning).
 
     Args:
         params: Weights of dense convolutions and linear layers.
@@ -684,7 +686,9 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for weight, update in zip(weights, updates, strict=True):
                 matrix = update.flatten(1)
-                shapes.setdefault(matrix.shape, []).append((weight, matrix))
+                rows = 128 if min(matrix.shape) > 512 else len(matrix)
+                for part, block in zip(weight.split(rows), matrix.split(rows), strict=True):
+                    shapes.setdefault(block.shape, []).append((part, block))
             for (rows, columns), pairs in shapes.items():
                 steps = orthogonalize(torch.stack([matrix for _, matrix in pairs]).to(self.dtype))
                 rate = group["lr"] * max(1, rows / columns) ** 0.5

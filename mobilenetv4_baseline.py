@@ -11,6 +11,7 @@ stage 1 keep their resolution (the paper's strides would leave a 1 x 1 map of a 
 the activation is ReLU6 (the paper: ReLU), and the initialisation is our own.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,9 +67,9 @@ Activation = Callable[[], nn.Module]  # a class such as nn.ReLU6, called without
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BN that, where compiled for a CPU, takes sums of each image first and of all then: an image stays in the cache.
+    """BN that, compiled for a CPU, takes sums over each image first, which stays in the cache, then over the images.
 
-    PyTorch's own sums go down the whole batch, a few channels at a time.
+    PyTorch's compiled sums go down the whole batch, a few channels at a time.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,46 +89,47 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class DepthwiseFunction(torch.autograd.Function):
-    """A depthwise convolution whose gradients avoid oneDNN's slow ones; to be compiled.
+    """A depthwise convolution, to be compiled for a CPU, whose gradients avoid oneDNN's slow ones.
 
-    Slow are the gradient of the input at stride 2 in bfloat16 (100 times slower than in float32) and that of a 5x5
-    kernel, which is taken here as 25 sums of products, one for each place of the kernel.
+    In bfloat16 the gradient of the input at stride 2 takes 100 times as long as in float32. That of a 5x5 kernel is
+    slow in both, and here 25 sums of products, one for each place of the kernel over the padded input.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.stride, ctx.shape, padding = stride, x.shape, weight.shape[-1] // 2
+        if padding > 1:
+            x, padding = F.pad(x, [padding] * 4), 0
         ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight.to(x.dtype), None, stride, weight.shape[-1] // 2, 1, len(weight))
+        return F.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, len(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        stride, side, padding = ctx.stride, weight.shape[-1], weight.shape[-1] // 2
+        (x, weight), stride, side = ctx.saved_tensors, ctx.stride, ctx.saved_tensors[1].shape[-1]
+        number, channels, height, width = ctx.shape
 
-        def native(dtype: torch.dtype, x: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, None]:
-            strides, paddings, weights = [stride, stride], [padding, padding], weight.to(dtype)
+        def native(x: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, None]:
+            strides, padding, weights = [stride, stride], [side // 2, side // 2], weight.to(x.dtype)
             return torch.ops.aten.convolution_backward(
-                gradient.to(dtype), x, weights, None, strides, paddings, [1, 1], False, [0, 0], len(weight), wanted
+                gradient.to(x.dtype), x, weights, None, strides, padding, [1, 1], False, [0, 0], channels, wanted
             )
 
-        dtype = torch.float32 if stride > 1 else x.dtype
-        of_input = native(dtype, torch.empty_like(x, dtype=dtype), True, False, False)[0].to(x.dtype)
+        shape_only = gradient.new_empty(
+            number, height, width, channels, dtype=torch.float32 if stride > 1 else gradient.dtype
+        )
+        of_input = native(shape_only.permute(0, 3, 1, 2), True, False, False)[0].to(gradient.dtype)
         if side < 5:
-            of_weight = native(x.dtype, x, False, True, False)[1].to(weight.dtype)
-        else:
-            padded, (height, width) = F.pad(x, [padding] * 4).float(), gradient.shape[2:]
-            rows, columns = (
-                [slice(start, start + stride * (length - 1) + 1, stride) for start in range(side)]
-                for length in (height, width)
-            )
-            sums = [(padded[:, :, i, j] * gradient).sum((2, 3)).sum(0) for i in rows for j in columns]  # (C,) each
-            of_weight = torch.stack(sums, -1).view_as(weight)
-        return of_input, of_weight, None
+            return of_input, native(x, False, True, False)[1].to(weight.dtype), None
+        groups = math.gcd(number, 16), -1  # of images, each of which stays in the cache
+        padded, products = x.float().unflatten(0, groups), []
+        for row, column in itertools.product(range(side), repeat=2):
+            inputs = padded[..., row : row + height : stride, column : column + width : stride]
+            products.append((inputs * gradient.unflatten(0, groups)).sum((1, 3, 4)).sum(0))  # (C,)
+        return of_input, torch.stack(products, -1).view_as(weight), None
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution; training on a CPU, it is done as fast as can be with and without compilation.
+    """A depthwise convolution, with gradients that are fast on a CPU.
 
     Args:
         channels: Input and output channels.
@@ -144,7 +146,7 @@ class DepthwiseConv2d(nn.Conv2d):
         with torch.autocast("cpu", enabled=False):
             if self.training and torch.compiler.is_compiling():
                 return DepthwiseFunction.apply(x, self.weight, self.stride[0])
-            return super().forward(x.to(self.weight.dtype))  # oneDNN's gradients in bfloat16 are slow
+            return super().forward(x.to(self.weight.dtype))  # in float32: see DepthwiseFunction
 
 
 def depthwise(channels: int, kernel_size: int, stride: int = 1, activation: Activation | None = None) -> nn.Module:

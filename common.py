@@ -244,7 +244,7 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
         fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX brings it too
-    pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes the time of 100,000
+    pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling is won back on some 120,000
     choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"} | (saved or {})
     if config.compile == "auto" and choices["compile"] == "on" and not saved and not can_compile(device):
         choices["compile"] = "off"
@@ -664,6 +664,8 @@ class Muon(torch.optim.Optimizer):
         dtype: In which the matrix products are done.
     """
 
+    LARGE = 512
+
     def __init__(
         self, params: Any, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype = torch.float32
     ) -> None:
@@ -686,7 +688,7 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for weight, update in zip(weights, updates, strict=True):
                 matrix = update.flatten(1)
-                rows = 128 if min(matrix.shape) > 512 else len(matrix)
+                rows = 128 if min(matrix.shape) > self.LARGE else len(matrix)
                 for part, block in zip(weight.split(rows), matrix.split(rows), strict=True):
                     shapes.setdefault(block.shape, []).append((part, block))
             for (rows, columns), pairs in shapes.items():

@@ -1,7 +1,8 @@
 """Training throughput: this project's loop, the loop that a user would write instead, and the machine's limits.
 
     pip install timm
-    python -m benchmarks.throughput                # about 15 minutes on two CPU cores; nothing else may run
+    python -m benchmarks.throughput                # about 10 minutes on two CPU cores; nothing else may run
+    python -m benchmarks.throughput --levers       # the baseline without each of the loop's levers, too
     python -m benchmarks.throughput --device cuda
 
 Every contender is a process of its own, since the settings of the memory allocator are a process's; they take turns,
@@ -28,6 +29,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import common
+import mobilenetv4_baseline
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
@@ -44,19 +46,48 @@ def random_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.arange(count) % 10
 
 
-class Ours:
-    """The project's loop with its defaults, whole epochs of `count` images."""
+def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Do what mobilenetv4_baseline.DepthwiseConv2d does where it is not compiled."""
+    with torch.autocast("cpu", enabled=False):
+        return nn.Conv2d.forward(layer, x.to(layer.weight.dtype))
 
-    def __init__(self, variant: str, options: argparse.Namespace) -> None:
+
+def plain_compile(function: Callable, *, compile: Callable = torch.compile, **arguments: Any) -> Callable:
+    return compile(function, **(arguments | {"options": None}))
+
+
+Patch = tuple[Any, str, Any]
+LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by a setting or a patch
+    "freed memory kept": (common, "keep_freed_memory", lambda: None),
+    "channels last": (common, "layout", lambda device: torch.contiguous_format),
+    "bf16": {"precision": "fp32"},
+    "compilation": {"compile": "off"},
+    "computing again": (torch, "compile", plain_compile),
+    "BN by image": (mobilenetv4_baseline.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
+    "depthwise gradients": (mobilenetv4_baseline.DepthwiseConv2d, "forward", plain_depthwise),
+    "blocks in Muon": (common.Muon, "LARGE", 1 << 30),
+    "flushed denormals": (torch, "set_flush_denormal", lambda flush: None),
+}
+
+
+class Ours:
+    """The project's loop with its defaults, whole epochs of `count` images; "without LEVER" is the baseline's."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        lever = LEVERS.get(name.removeprefix("without "), {})
+        if isinstance(lever, tuple):
+            setattr(*lever)
+        settings = options.settings | (lever if isinstance(lever, dict) else {})
         common.keep_freed_memory()
         device = common.pick_device(options.device, 0)
         config = common.Config(batch_size=options.batch_size)
-        config = common.settle(replace(config, **options.settings), device, PROJECT_SIZE, None)
+        config = common.settle(replace(config, **settings), device, PROJECT_SIZE, None)
         images, labels = (tensor.to(device) for tensor in random_images(options.images))
         classes = [str(label) for label in range(10)]
         self.data = common.Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
         torch.manual_seed(0)
-        network, averaged = (BUILDERS[variant]().to(device, memory_format=common.layout(device)) for _ in range(2))
+        build = BUILDERS.get(name, MobileNetV4)
+        network, averaged = (build().to(device, memory_format=common.layout(device)) for _ in range(2))
         self.state = common.State(network, averaged, common.make_optimizers(network, config))
         self.config, self.epoch = config, 0
         self.loss_of = common.make_loss(self.state, self.data, config)
@@ -207,7 +238,7 @@ def take_turns(names: list[str], arguments: list[str], turns: int) -> dict[str, 
     for turn in range(-1, turns):
         for name, contender in contenders.items():
             rates = [contender.turn(word)["rate"] for word in ("train", "evaluate")]
-            print(f"turn {turn + 1}: {name:<10}{rates[0]:>8.1f}{rates[1]:>8.1f} images/s", file=sys.stderr)
+            print(f"turn {turn + 1}: {name:<28}{rates[0]:>8.1f}{rates[1]:>8.1f} images/s", file=sys.stderr)
             if turn < 0:
                 contender.results.clear()  # the first turn warms up
     return contenders
@@ -243,8 +274,10 @@ def limits(variant: str, device: str, precision: str) -> dict[str, float]:
     network.eval()(torch.zeros(1, 3, 32, 32))
     elements = elements[-len(elements) // 2 :]  # counting runs the network too
     matrix = torch.randn(size, size, device=device).to(dtype)
+    kernels, pixels = matrix[:, :, None, None], matrix.view(size, size, 1, 1)
     source, target = (torch.zeros(1 << 26, device=device) for _ in range(2))
-    flops = rate_of(lambda: matrix @ matrix, 2 * size**3, device)
+    products = (lambda: matrix @ matrix, lambda: nn.functional.conv2d(pixels, kernels))  # of different libraries
+    flops = max(rate_of(product, 2 * size**3, device) for product in products)
     traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), device)
     return {
         "flops": flops,
@@ -300,10 +333,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, help="that count, after one that warms up")
     parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
     parser.add_argument("--contenders", nargs="+", default=["plain", "baseline", "enhanced"])
+    parser.add_argument("--levers", action="store_true", help="the baseline, and without each of the loop's levers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the project's settings")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.settings = dict(map(setting, options.set))
+    if options.levers:
+        options.contenders = ["baseline", *(f"without {lever}" for lever in LEVERS)]
     return options
 
 
@@ -313,16 +349,18 @@ def report(contenders: dict[str, Contender], options: argparse.Namespace) -> Ite
     def median(name: str, word: str, key: str = "rate") -> float:
         return statistics.median(result[key] for result in contenders[name].results[word])
 
-    yield f"{'':<12}{'images/s':>10}{'lowest':>8}{'highest':>9}{'ratio':>7}{'evaluation':>12}{'ratio':>7}{'GiB':>6}"
+    yield f"{'':<28}{'images/s':>10}{'lowest':>8}{'highest':>9}{'ratio':>7}{'evaluation':>12}{'ratio':>7}{'GiB':>6}"
     first = next(iter(contenders))
     for name, contender in contenders.items():
         rates = [result["rate"] for result in contender.results["train"]]
         yield (
-            f"{name:<12}{median(name, 'train'):>10.1f}{min(rates):>8.1f}{max(rates):>9.1f}"
+            f"{name:<28}{median(name, 'train'):>10.1f}{min(rates):>8.1f}{max(rates):>9.1f}"
             f"{median(name, 'train') / median(first, 'train'):>7.2f}{median(name, 'evaluate'):>12.1f}"
             f"{median(name, 'evaluate') / median(first, 'evaluate'):>7.2f}"
             f"{median(name, 'train', 'memory') / 2**30:>6.2f}  {contender.about['about']}"
         )
+    if options.levers:
+        return
     for name, contender in contenders.items():
         shares = contender.turn("profile")
         yield f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005)

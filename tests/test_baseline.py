@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import mobilenetv4_baseline
 from mobilenetv4_baseline import (
+    BatchNorm2d,
     ConvBNActivation,
     DepthwiseConv2d,
     MobileNetV4,
     UniversalInvertedBottleneck,
+    depthwise,
     make_divisible,
 )
 
@@ -237,7 +240,7 @@ def test_a_block_whose_projection_gives_zero_is_the_identity_exactly_where_the_s
 @pytest.mark.parametrize("kernels", KINDS)
 def test_only_expansion_and_middle_depthwise_are_followed_by_an_activation(kernels):
     block = make_block(*kernels)
-    depthwise, pointwise = [DepthwiseConv2d, nn.BatchNorm2d], [nn.Conv2d, nn.BatchNorm2d]
+    depthwise, pointwise = [DepthwiseConv2d, BatchNorm2d], [nn.Conv2d, BatchNorm2d]
     layers = {name: [type(layer) for layer in part.children()] for name, part in block.named_children()}
     assert layers == {
         "start": depthwise if kernels[0] else [],
@@ -346,7 +349,7 @@ def test_training_overfits_random_images():
 
 def test_the_network_holds_no_layer_but_the_papers():
     leaves = {type(module) for module in MobileNetV4().modules() if not list(module.children())}
-    layers = {nn.Conv2d, DepthwiseConv2d, nn.Linear, *BATCH_NORMS, nn.ReLU6}
+    layers = {nn.Conv2d, DepthwiseConv2d, nn.Linear, nn.BatchNorm1d, BatchNorm2d, nn.ReLU6}
     assert leaves == layers | {nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity}
 
 
@@ -371,3 +374,64 @@ def test_the_source_knows_nothing_of_the_enhanced_variants_ideas(word):
 def test_a_bad_argument_is_refused_by_name_and_value(name, value):
     with pytest.raises(ValueError, match=rf"{name}.*got.* {re.escape(str(value))}(?![\d.])"):
         MobileNetV4(**{name: value})
+
+
+# ---- Layers made faster, where a CPU runs compiled code ------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled():
+    """Return torch.compile, where it works."""
+    if not common.can_compile(torch.device("cpu")):
+        pytest.skip("nothing can be compiled here")
+
+    def compile(network: nn.Module) -> Callable[..., Tensor]:
+        with common.compiling():
+            return torch.compile(network, dynamic=False)
+
+    return compile
+
+
+class Parallel(nn.Module):
+    """Every kind of depthwise layer, one beside the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(depthwise(24, kernel, stride) for kernel in (3, 5) for stride in (1, 2))
+        randomise(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self.layers)
+
+
+def outcome(network: nn.Module, forward: Callable[..., tuple[Tensor, ...]], images: Tensor) -> dict[str, Tensor]:
+    """Return outputs, all gradients of a random function of them, and the statistics after that training step."""
+    images = images.clone(memory_format=torch.channels_last).requires_grad_()
+    outputs = forward(images)
+    sum((output * normal(*output.shape)).sum() for output in outputs).backward()
+    found = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    found |= {f"gradient of {name}": weight.grad for name, weight in network.named_parameters()}
+    return found | dict(network.named_buffers()) | {"gradient of the input": images.grad}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_compiled_depthwise_convolutions_and_bn_learn_what_plain_ones_do(dtype, tolerance, compiled):
+    images = (normal(6, 24, 9, 10) + 3).to(dtype)  # odd and even; not of mean zero
+    network = Parallel()
+    expected = outcome(network, network, images.float())
+    again = Parallel()
+    got = outcome(again, compiled(again), images)
+    assert got.keys() == expected.keys()
+    assert len([name for name in got if "gradient" in name]) == 13
+    for name, value in expected.items():
+        difference = (got[name].float() - value.float()).norm() / value.float().norm()
+        assert difference < tolerance, f"{name}: {difference}"
+
+
+def test_compiled_bn_does_not_lose_a_small_variance_beside_a_large_mean(compiled):
+    norm, plain = BatchNorm2d(3), nn.BatchNorm2d(3)
+    images = normal(8, 3, 4, 4) + 1000
+    torch.testing.assert_close(compiled(norm)(images), plain(images), rtol=0, atol=1e-2)
+    torch.testing.assert_close(norm.running_var, plain.running_var, rtol=1e-4, atol=0)
+    assert norm.num_batches_tracked == 1

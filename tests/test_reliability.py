@@ -308,7 +308,9 @@ def test_two_runs_at_once_in_one_place_and_the_second_is_refused(half_done, pict
     first = start("baseline", *flags(pictures, half_done, EPOCHS))
     while "continuing" not in first.stdout.readline():
         assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)  # or it might be done too early
     second = run_script("baseline", *flags(pictures, half_done, EPOCHS))
+    first.send_signal(signal.SIGCONT)
     assert first.communicate() and first.returncode == 0
     assert second.returncode == 1
     assert second.stdout == ""
@@ -583,7 +585,7 @@ class Noisy(nn.Module):
 
 
 def test_compiling_leaves_the_network_as_it_was(own_cache, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     data, config, network = small_data(), Config(batch_size=5, precision="fp32"), Noisy()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     forward, calls = common.make_forward(network, data, config), []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import random_images
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import common
@@ -42,7 +43,7 @@ class Tiny(nn.Module):
 def train(config: Config, data: Data | None = None, epochs: int | None = None):
     data = data or small_data()
     torch.manual_seed(config.seed)
-    network = Tiny().to(memory_format=torch.channels_last)
+    network = Tiny().to(memory_format=common.layout(CPU))
     state = common.State(network, copy.deepcopy(network), common.make_optimizers(network, config))
     forward = common.make_forward(state.raw, data, config)
     losses = []
@@ -387,6 +388,51 @@ def test_the_device_is_the_one_asked_for_or_the_best_there_is(monkeypatch):
 def test_images_come_channels_last_except_on_mps():
     assert common.layout(torch.device("mps")) == torch.contiguous_format
     assert common.layout(CPU) == common.layout(torch.device("cuda")) == torch.channels_last
+
+
+def test_on_mps_training_is_in_float32_and_not_compiled(monkeypatch):
+    monkeypatch.setattr(common, "can_compile", lambda device: pytest.fail("there is nothing to compile"))
+    settled = common.settle(Config(epochs=100), torch.device("mps"), 50_000, None)
+    assert (settled.precision, settled.compile) == ("fp32", "off")
+
+
+def test_the_settings_for_mps_train_the_same_network(monkeypatch):
+    config = Config(epochs=3, batch_size=5, precision="fp32", compile="off")
+    usual, _ = train(config)
+    monkeypatch.setattr(common, "layout", lambda device: torch.contiguous_format)
+    contiguous, _ = train(config)
+    assert contiguous.raw.dense.weight.is_contiguous()
+    for expected, got in zip(usual.raw.parameters(), contiguous.raw.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the program wait for a device: values that Python looks at."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        self.count += function.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_in_an_epoch_waits_for_the_device_but_its_end():
+    counts = []
+    for images in (20, 200):
+        with Reads() as reads:
+            train(Config(epochs=1, batch_size=5, precision="fp32", compile="off"), small_data(images))
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "precision"), [(False, False, "fp32"), (False, True, "bf16"), (True, True, "bf16")]
+)
+def test_bfloat16_is_chosen_on_a_cpu_by_what_the_processor_has(amx, avx512, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert common.settle(Config(compile="off"), CPU, 1000, None).precision == precision
 
 
 def test_every_field_of_the_configuration_has_help_and_a_flag(capsys, monkeypatch):

@@ -125,7 +125,7 @@ class DepthwiseFunction(torch.autograd.Function):
         for row, column in itertools.product(range(side), repeat=2):
             inputs = padded[..., row : row + height : stride, column : column + width : stride]
             products.append((inputs * gradient.unflatten(0, groups)).sum((1, 3, 4)).sum(0))  # (C,)
-        return of_input, torch.stack(products, -1).view_as(weight), None
+        return of_input, torch.stack(products, -1).as_strided(weight.shape, weight.stride()), None
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -652,9 +652,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (Jordan et al., kellerjordan.github.io/posts/muon).
 
     torch.optim.Muon takes one two-dimensional parameter at a time; this one takes convolutions too, as matrices
-    (out, in x height x width), and orthogonalises all of the same shape at once. A matrix of more than 512 rows and
-    columns is taken in blocks of 128 rows: whole, the one of this network would take as long as all convolutions'
-    forward passes together, and trained no better (results/tuning).
+    (out, in x height x width), and orthogonalises all of the same shape at once, very large ones in blocks of rows:
+    whole, the one of this network would take as long as all convolutions forward, and train no better (results/tuning).
 
     Args:
         params: Weights of dense convolutions and linear layers.
@@ -664,7 +663,7 @@ class Muon(torch.optim.Optimizer):
         dtype: In which the matrix products are done.
     """
 
-    LARGE = 512
+    LARGE, BLOCK = 512, 128  # of a matrix with more rows and columns, so many rows are taken at a time
 
     def __init__(
         self, params: Any, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype = torch.float32
@@ -688,7 +687,7 @@ class Muon(torch.optim.Optimizer):
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for weight, update in zip(weights, updates, strict=True):
                 matrix = update.flatten(1)
-                rows = 128 if min(matrix.shape) > self.LARGE else len(matrix)
+                rows = self.BLOCK if min(matrix.shape) > self.LARGE else len(matrix)
                 for part, block in zip(weight.split(rows), matrix.split(rows), strict=True):
                     shapes.setdefault(block.shape, []).append((part, block))
             for (rows, columns), pairs in shapes.items():

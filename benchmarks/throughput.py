@@ -2,7 +2,7 @@
 
     pip install timm
     python -m benchmarks.throughput                # about 10 minutes on two CPU cores; nothing else may run
-    python -m benchmarks.throughput --levers       # the baseline without each of the loop's levers, too
+    python -m benchmarks.throughput --levers baseline   # without one of the loop's levers at a time
     python -m benchmarks.throughput --device cuda
 
 Every contender is a process of its own, since the settings of the memory allocator are a process's; they take turns,
@@ -71,7 +71,7 @@ LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each 
 
 
 class Ours:
-    """The project's loop with its defaults, whole epochs of `count` images; "without LEVER" is the baseline's."""
+    """The project's loop with its defaults, whole epochs of `count` images, or the same without a lever."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         lever = LEVERS.get(name.removeprefix("without "), {})
@@ -86,7 +86,7 @@ class Ours:
         classes = [str(label) for label in range(10)]
         self.data = common.Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
         torch.manual_seed(0)
-        build = BUILDERS.get(name, MobileNetV4)
+        build = BUILDERS[name if name in BUILDERS else options.levers]
         network, averaged = (build().to(device, memory_format=common.layout(device)) for _ in range(2))
         self.state = common.State(network, averaged, common.make_optimizers(network, config))
         self.config, self.epoch = config, 0
@@ -333,13 +333,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5, help="that count, after one that warms up")
     parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
     parser.add_argument("--contenders", nargs="+", default=["plain", "baseline", "enhanced"])
-    parser.add_argument("--levers", action="store_true", help="the baseline, and without each of the loop's levers")
+    parser.add_argument("--levers", choices=BUILDERS, help="a variant, and without each of the loop's levers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the project's settings")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.settings = dict(map(setting, options.set))
     if options.levers:
-        options.contenders = ["baseline", *(f"without {lever}" for lever in LEVERS)]
+        options.contenders = [options.levers, *(f"without {lever}" for lever in LEVERS)]
     return options
 
 

@@ -154,6 +154,21 @@ def test_muon_takes_a_convolution_as_a_matrix_whatever_its_memory_format():
     assert torch.allclose(results[0].flatten(1), matrix, atol=1e-6)
 
 
+def test_muon_takes_the_largest_matrices_in_blocks_of_rows_and_no_others(monkeypatch):
+    torch.manual_seed(0)
+    start, gradient, results = torch.randn(300, 520), torch.randn(300, 520), []
+    for large in (299, 300):
+        monkeypatch.setattr(common.Muon, "LARGE", large)
+        weight = nn.Parameter(start.clone())
+        weight.grad = gradient.clone()
+        common.Muon([weight], lr=0.1, momentum=0.0, weight_decay=0.0).step()
+        results.append(start - weight.detach())
+    blocks = [0.1 * common.orthogonalize(block[None])[0] for block in gradient.split(128)]
+    assert torch.allclose(results[0], torch.cat(blocks), atol=1e-5)
+    assert torch.allclose(results[1], 0.1 * common.orthogonalize(gradient[None])[0], atol=1e-5)
+    assert not torch.allclose(results[0], results[1], atol=1e-3)
+
+
 def test_orthogonalizing_brings_singular_values_near_one_and_keeps_the_directions():
     torch.manual_seed(0)
     matrices = torch.randn(3, 10, 30)

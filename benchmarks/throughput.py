@@ -5,8 +5,9 @@
     python -m benchmarks.throughput --levers baseline   # without one of the loop's levers at a time
     python -m benchmarks.throughput --device cuda
 
-Every contender is a process of its own, since the settings of the memory allocator are a process's; they take turns,
-one at a time, so that a machine whose speed drifts is the same for all. Images are random, except for the start-up.
+The contenders take turns, one at a time, so that a machine whose speed drifts is the same for all; every turn is a
+process of its own, since the allocator's settings are a process's, and so is its luck with the memory it gets, which is
+worth 10%. Images are random, except for the start-up.
 """
 
 import argparse
@@ -165,22 +166,20 @@ def synchronize(device: str) -> None:
 
 
 def work(name: str, options: argparse.Namespace) -> None:
-    """Be a contender: answer each word on stdin with a line of JSON."""
-    begun = time.monotonic()
-    contender = Plain(options) if name == "plain" else Ours(name, options)
-    print(json.dumps({"about": contender.about, "ready": time.monotonic() - begun}), flush=True)
-    for word in sys.stdin:
-        begun = time.monotonic()
-        if word.strip() == "profile":
-            print(json.dumps(profile(contender)), flush=True)
-            continue
-        images = contender.train() if word.strip() == "train" else contender.evaluate()
-        synchronize(options.device)
-        rate = images / (time.monotonic() - begun)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if options.device == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        print(json.dumps({"rate": rate, "memory": memory}), flush=True)
+    """Train and evaluate twice, and print the second time's rates as JSON; or only the shares of "profile NAME"."""
+    contender = Plain(options) if name.endswith("plain") else Ours(name.removeprefix("profile "), options)
+    for _ in range(2):
+        rates = {}
+        for task in (contender.train, contender.evaluate):
+            begun = time.monotonic()
+            images = task()
+            synchronize(options.device)
+            rates[task.__name__] = images / (time.monotonic() - begun)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if options.device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    profiling = name.startswith("profile ")
+    print(json.dumps(profile(contender) if profiling else {"about": contender.about, "memory": memory, **rates}))
 
 
 KINDS = (  # the first that is part of an operation's name
@@ -217,31 +216,20 @@ def profile(contender: Any) -> dict[str, float]:
     return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}
 
 
-class Contender:
-    """A process of `work`."""
-
-    def __init__(self, name: str, options: list[str]) -> None:
-        command = [sys.executable, "-m", "benchmarks.throughput", "--work", name, *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = json.loads(self.process.stdout.readline())
-        self.results: dict[str, list[dict[str, float]]] = {}
-
-    def turn(self, word: str) -> dict[str, float]:
-        print(word, file=self.process.stdin, flush=True)
-        result = json.loads(self.process.stdout.readline())
-        self.results.setdefault(word, []).append(result)
-        return result
+def turn(name: str, arguments: list[str]) -> dict[str, Any]:
+    """Run `work` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.throughput", "--work", name, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def take_turns(names: list[str], arguments: list[str], turns: int) -> dict[str, Contender]:
-    contenders = {name: Contender(name, arguments) for name in names}
-    for turn in range(-1, turns):
-        for name, contender in contenders.items():
-            rates = [contender.turn(word)["rate"] for word in ("train", "evaluate")]
-            print(f"turn {turn + 1}: {name:<28}{rates[0]:>8.1f}{rates[1]:>8.1f} images/s", file=sys.stderr)
-            if turn < 0:
-                contender.results.clear()  # the first turn warms up
-    return contenders
+def take_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[dict[str, Any]]]:
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    for number in range(options.turns):
+        for name, turns in results.items():
+            turns.append(turn(name, arguments))
+            rates = "".join(f"{turns[-1][task]:>9.1f}" for task in ("train", "evaluate"))
+            print(f"turn {number + 1}: {name:<28}{rates} images/s", file=sys.stderr)
+    return results
 
 
 # ---- Limits --------------------------------------------------------------------------------------------------------
@@ -330,7 +318,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
     parser.add_argument("--batch-size", type=int, default=common.Config.batch_size)
     parser.add_argument("--images", type=int, default=2560, help="in an epoch of one turn")
-    parser.add_argument("--turns", type=int, default=5, help="that count, after one that warms up")
+    parser.add_argument("--turns", type=int, default=5, help="processes of each contender")
     parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
     parser.add_argument("--contenders", nargs="+", default=["plain", "baseline", "enhanced"])
     parser.add_argument("--levers", choices=BUILDERS, help="a variant, and without each of the loop's levers")
@@ -343,29 +331,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def report(contenders: dict[str, Contender], options: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines of the table."""
+def report(
+    results: dict[str, list[dict[str, Any]]], options: argparse.Namespace, arguments: list[str]
+) -> Iterator[str]:
+    """Yield the lines of the table: medians, and medians of the ratios of each turn to the first contender's."""
 
-    def median(name: str, word: str, key: str = "rate") -> float:
-        return statistics.median(result[key] for result in contenders[name].results[word])
+    def median(turns: list[dict[str, Any]], key: str) -> float:
+        return statistics.median(result[key] for result in turns)
+
+    def ratio(turns: list[dict[str, Any]], key: str) -> float:
+        return statistics.median(own[key] / other[key] for own, other in zip(turns, first, strict=True))
 
     yield f"{'':<28}{'images/s':>10}{'lowest':>8}{'highest':>9}{'ratio':>7}{'evaluation':>12}{'ratio':>7}{'GiB':>6}"
-    first = next(iter(contenders))
-    for name, contender in contenders.items():
-        rates = [result["rate"] for result in contender.results["train"]]
+    first = next(iter(results.values()))
+    for name, turns in results.items():
+        rates = [result["train"] for result in turns]
         yield (
-            f"{name:<28}{median(name, 'train'):>10.1f}{min(rates):>8.1f}{max(rates):>9.1f}"
-            f"{median(name, 'train') / median(first, 'train'):>7.2f}{median(name, 'evaluate'):>12.1f}"
-            f"{median(name, 'evaluate') / median(first, 'evaluate'):>7.2f}"
-            f"{median(name, 'train', 'memory') / 2**30:>6.2f}  {contender.about['about']}"
+            f"{name:<28}{median(turns, 'train'):>10.1f}{min(rates):>8.1f}{max(rates):>9.1f}"
+            f"{ratio(turns, 'train'):>7.2f}{median(turns, 'evaluate'):>12.1f}{ratio(turns, 'evaluate'):>7.2f}"
+            f"{median(turns, 'memory') / 2**30:>6.2f}  {turns[0]['about']}"
         )
-    if options.levers:
-        return
-    for name, contender in contenders.items():
-        shares = contender.turn("profile")
+    for name in [] if options.levers else results:
+        shares = turn(f"profile {name}", arguments)
         yield f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005)
-    for name in contenders.keys() & BUILDERS.keys():
-        precision = contenders[name].about["about"][:4]
+    for name in [] if options.levers else results.keys() & BUILDERS.keys():
+        precision = results[name][0]["about"][:4]
         found = limits(name, options.device, precision)
         yield (
             f"{name}: at most {found['arithmetic']:,.0f} images/s by arithmetic ({found['flops'] / 1e9:,.0f} GFLOP/s "
@@ -385,7 +375,7 @@ def main() -> None:
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         print(next(line for line in lines if line.startswith("model name")), f"x {os.cpu_count()}", sep=", ")
-    for line in report(take_turns(options.contenders, arguments, options.turns), options):
+    for line in report(take_turns(options, arguments), options, arguments):
         print(line, flush=True)
     if options.data_dir:
         print(f"import to first step, second start, not compiled: {start_up(arguments):.1f} s")

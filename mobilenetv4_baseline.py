@@ -114,10 +114,9 @@ class DepthwiseFunction(torch.autograd.Function):
                 gradient.to(x.dtype), x, weights, None, strides, padding, [1, 1], False, [0, 0], channels, wanted
             )
 
-        shape_only = gradient.new_empty(
-            number, height, width, channels, dtype=torch.float32 if stride > 1 else gradient.dtype
-        )
-        of_input = native(shape_only.permute(0, 3, 1, 2), True, False, False)[0].to(gradient.dtype)
+        dtype = torch.float32 if stride > 1 else gradient.dtype
+        never_read = gradient.new_empty(number, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+        of_input = native(never_read, True, False, False)[0].to(gradient.dtype)
         if side < 5:
             return of_input, native(x, False, True, False)[1].to(weight.dtype), None
         groups = math.gcd(number, 16), -1  # of images, each of which stays in the cache
@@ -125,7 +124,8 @@ class DepthwiseFunction(torch.autograd.Function):
         for row, column in itertools.product(range(side), repeat=2):
             inputs = padded[..., row : row + height : stride, column : column + width : stride]
             products.append((inputs * gradient.unflatten(0, groups)).sum((1, 3, 4)).sum(0))  # (C,)
-        return of_input, torch.stack(products, -1).as_strided(weight.shape, weight.stride()), None
+        of_weight = torch.stack(products, -1).view(channels, side, side, 1).permute(0, 3, 1, 2)  # channels last
+        return of_input, of_weight, None
 
 
 class DepthwiseConv2d(nn.Conv2d):

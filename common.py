@@ -48,6 +48,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import (
+    adjust_contrast,
+    adjust_saturation,
+    adjust_sharpness,
+    autocontrast,
+    equalize,
+)
 from tqdm import tqdm
 
 try:
@@ -76,6 +83,7 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 class Config:
     """A run. All but places and actions decides the weights that come out: it is saved, and compared on continuing."""
 
+    recipe: str = setting("default", "long: many epochs and much augmentation, for a GPU", choices=("default", "long"))
     epochs: int = setting(30, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
     learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
@@ -88,6 +96,9 @@ class Config:
     average: float = setting(0.05, "memory of the averaged weights: this part of all steps, less at first", 0, 0.999)
     crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
     cutout: int = setting(0, "side in pixels of a square hidden in training images", 0, 224)
+    cutmix: float = setting(0.0, "part of the training images that get a square of another one", 0, 1)
+    photometric: float = setting(0.0, "part of the training images whose colours one operation changes", 0, 1)
+    plain_end: float = setting(0.0, "part of the epochs, at the end, without the last three settings", 0, 1)
     image_size: int = setting(32, "side in pixels to which class-folder images are brought", 16, 512)
     holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "of everything random", 0, 2**32 - 1)
@@ -101,7 +112,7 @@ class Config:
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", 0, 1024, place=True)
     synthetic: bool = setting(False, "train on made-up images, to try the installation", place=True)
     fresh: bool = setting(False, "start over, replacing the run that is there", place=True)
-    evaluate: bool = setting(False, "evaluate the run's checkpoint and stop", place=True)
+    evaluate: Path | None = setting(None, "evaluate FILE, or else the run's checkpoint, and stop", place=True)
     summary: bool = setting(False, "print the network's table and stop", place=True)
 
     def __post_init__(self) -> None:
@@ -112,8 +123,11 @@ class Config:
             if about["low"] is not None and not about["low"] <= value <= about["high"]:
                 raise ValueError(f"{item.name} must be from {about['low']:g} to {about['high']:g}, got {value}")
 
-    def recipe(self) -> dict[str, Any]:
+    def decisive(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self) if "place" not in item.metadata}
+
+
+LONG = dict(epochs=300, cutmix=0.5, photometric=1.0, plain_end=0.1)  # what other flags may change again
 
 
 def reader(kind: type, low: float | None, high: float | None) -> Callable[[str], Any]:
@@ -148,12 +162,21 @@ def parse_command_line(name: str) -> Config:
             group.add_argument(flag, action="store_true", help=about["help"])
         elif "choices" in about:
             group.add_argument(flag, choices=about["choices"], default=item.default, help=text)
+        elif item.default is None:
+            group.add_argument(
+                flag, type=reader(Path, None, None), nargs="?", const=True, metavar="FILE", help=about["help"]
+            )
         else:
             unit = {int: "N", float: "X", str: "URL"}.get(kind, "DIR")
             read = reader(Path if unit == "DIR" else kind, about["low"], about["high"])
             group.add_argument(flag, type=read, default=item.default, metavar=unit, help=text)
     parser.set_defaults(output_dir=Path("runs", name))
-    return Config(**vars(parser.parse_args()))
+    if parser.parse_args().recipe == "long":
+        parser.set_defaults(**LONG)
+    options = parser.parse_args()
+    if options.evaluate is True:
+        options.evaluate = options.output_dir / "checkpoint.pt"
+    return Config(**vars(options))
 
 
 # ---- Device --------------------------------------------------------------------------------------------------------
@@ -560,36 +583,97 @@ def random_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> dict[str, Tensor]:
-    """Draw the order of an epoch's images and, for each, its shift, its reflection and its cutout.
+    """Draw the order of an epoch's images and, for each, its shift, its reflection, its square and its colours.
 
     Which images are reflected alternates from epoch to epoch (Jordan, arXiv 2404.00498), so that any two epochs in
-    succession show each image both ways.
+    succession show each image both ways. The square of an image is a piece of another one, whose area is uniform
+    (CutMix; Yun et al., arXiv 1905.04899), or else, of fixed size, grey (cutout; DeVries and Taylor, arXiv 1708.04552).
     """
     generator = random_generator(config.seed, epoch)
     order = torch.randperm(count, generator=generator)
     shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2), generator=generator)
-    hole = torch.randint(0, config.image_size, (count, 2), generator=generator)
+    centre = torch.randint(0, config.image_size, (count, 2), generator=generator)
     first = torch.randint(0, 2, (count,), generator=random_generator(config.seed, 0)).bool()
     flip = first ^ bool(epoch % 2)
-    return {name: tensor.to(device) for name, tensor in dict(order=order, shift=shift, hole=hole, flip=flip).items()}
+    mixed, area, colored, strength = torch.rand(4, count, generator=generator)
+    mixed = mixed < config.cutmix
+    side = torch.where(mixed, (config.image_size * area.sqrt()).round().long(), config.cutout)
+    operation = torch.randint(0, len(OPERATIONS), (count,), generator=generator)
+    operation = torch.where(colored < config.photometric, operation, OPERATIONS.index("none"))
+    if epoch > config.epochs * (1 - config.plain_end):
+        side, operation = torch.zeros_like(side), torch.full_like(operation, OPERATIONS.index("none"))
+    drawn = dict(order=order, shift=shift, flip=flip, centre=centre, side=side, mixed=mixed)
+    drawn |= dict(operation=operation, strength=2 * strength - 1)
+    return {name: tensor.to(device) for name, tensor in drawn.items()}
 
 
-def augment(images: Tensor, drawn: dict[str, Tensor], batch: slice, config: Config) -> Tensor:
-    """Gather a batch, each image shifted (reflecting at the borders), reflected and cut out as drawn.
+def augment(data: Data, drawn: dict[str, Tensor], batch: slice, config: Config) -> tuple[Tensor, Tensor]:
+    """Gather a batch of training images and labels, augmented as drawn.
 
-    Shapes: images (all, H, W, 3) uint8 -> (N, H, W, 3) uint8.
+    Returns:
+        Images, (N, H, W, 3) uint8, and labels, (N,) int64, or with CutMix their shares (N, classes) float32.
     """
-    index, size = drawn["order"][batch], images.shape[1]
-    shift, hole, flip = (drawn[name][index] for name in ("shift", "hole", "flip"))
+    index = drawn["order"][batch]
+    own = {name: tensor[index] for name, tensor in drawn.items()}
+    images, labels = shift_and_flip(data.train_images, index, own), data.train_labels[index]
+    if config.photometric:
+        images = change_colors(images, own["operation"], own["strength"])
+    if not config.cutout and not config.cutmix:
+        return images, labels
+    pixels = torch.arange(images.shape[1], device=images.device)
+    place = pixels - own["centre"][:, :, None] + own["side"][:, None, None] // 2  # in the square, (N, 2, size)
+    inside = (place >= 0) & (place < own["side"][:, None, None])
+    square = inside[:, 0, :, None] & inside[:, 1, None, :]  # (N, H, W)
+    if not config.cutmix:
+        return images.masked_fill(square[..., None], 128), labels
+    mixed = own["mixed"][:, None, None, None]
+    images = torch.where(square[..., None], torch.where(mixed, images.roll(1, 0), 128), images)
+    shares = F.one_hot(labels, len(data.classes)).float()
+    other = (square.float().mean((1, 2)) * own["mixed"])[:, None]
+    return images, shares.lerp(shares.roll(1, 0), other)
+
+
+def shift_and_flip(images: Tensor, index: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+    """Gather images (all, H, W, 3), each shifted, reflecting at the borders, and then reflected, as drawn for it."""
+    size = images.shape[1]
     pixels = torch.arange(size, device=images.device)
-    rows, columns = ((pixels + shift[:, axis, None]).abs() for axis in (0, 1))  # (N, size)
+    rows, columns = ((pixels + drawn["shift"][:, axis, None]).abs() for axis in (0, 1))  # (N, size)
     rows, columns = (size - 1 - (size - 1 - place).abs() for place in (rows, columns))
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    crops = images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    if config.cutout:
-        near = (pixels - hole[:, :, None] + config.cutout // 2).div(config.cutout, rounding_mode="floor") == 0
-        crops = crops.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[..., None], 128)
-    return crops
+    columns = torch.where(drawn["flip"][:, None], columns.flip(1), columns)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+OPERATIONS = (
+    "none",
+    "brightness",
+    "contrast",
+    "saturation",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
+
+
+def change_colors(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """Change each image by the one operation and strength drawn for it: the colour half of TrivialAugment.
+
+    Operations and their ranges: Mueller and Hutter, arXiv 2103.10158, the wide table. torchvision's own class draws
+    once for a whole batch; its functions are the tests' oracle.
+
+    Shapes: images (N, H, W, 3) uint8, operation (N,) an index of OPERATIONS, strength (N,) in -1..1.
+    """
+    x = images.permute(0, 3, 1, 2)
+    strength = strength[:, None, None, None]
+    factor, zero = 1 + 0.99 * strength, 0.0
+    ends = torch.zeros_like(x), adjust_contrast(x, zero), adjust_saturation(x, zero), adjust_sharpness(x, zero)
+    blends = [torch.lerp(end.float(), x.float(), factor).clamp(0, 255).to(torch.uint8) for end in ends]
+    lost = (6 * strength.abs()).round().to(torch.uint8)  # bits
+    posterized = x >> lost << lost
+    solarized = torch.where(x >= 255 * (1 - strength.abs()), 255 - x, x)
+    results = torch.stack([x, *blends, posterized, solarized, autocontrast(x), equalize(x)])
+    return results[operation, torch.arange(len(x), device=x.device)].permute(0, 2, 3, 1)
 
 
 def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Tensor], Tensor]:
@@ -745,7 +829,7 @@ class State:
     optimizers: list[torch.optim.Optimizer]
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # from images, uint8 (N, H, W, 3), and labels, int64 (N,)
+Loss = Callable[[Tensor, Tensor], Tensor]  # from images and labels, as augment returns them
 
 
 def make_loss(state: State, data: Data, config: Config) -> Loss:
@@ -784,7 +868,8 @@ def compile_loss(loss_of: Loss, state: State, data: Data, config: Config) -> Los
     try:
         with compiling():
             share = slice(config.batch_size // rank_and_size()[1])
-            fast(data.train_images[share], data.train_labels[share]).backward()
+            drawn = draw_epoch(len(data.train_images), config, 1, data.train_images.device)
+            fast(*augment(data, drawn, share, config)).backward()
     except torch._dynamo.exc.TorchDynamoException as error:
         raise RunError(f"the network cannot be compiled here ({one_line(error)}); --compile off does without") from None
     torch._foreach_copy_(statistics, before)
@@ -811,8 +896,7 @@ def train_epoch(state: State, loss_of: Loss, data: Data, config: Config, epoch: 
         rate = schedule(done, total, config.warmup)
         start, share = step * config.batch_size, config.batch_size // size
         batch = slice(start + rank * share, start + (rank + 1) * share)
-        images = augment(data.train_images, drawn, batch, config)
-        loss = loss_of(images, data.train_labels[drawn["order"][batch]])
+        loss = loss_of(*augment(data, drawn, batch, config))
         loss.backward()
         if config.clip_norm:
             nn.utils.clip_grad_norm_(state.raw.parameters(), config.clip_norm)
@@ -901,7 +985,8 @@ def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
     confusion matrix (rows: true classes) are those of the headline weights without it.
     """
     labels, classes, accuracies = data.test_labels.cpu(), len(data.classes), {}
-    for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
+    networks = {"raw": state.raw} if state.raw is not state.averaged else {}
+    for weights, network in (networks | {"averaged": state.averaged}).items():
         logits = predict(network, data.test_images, data, config)
         mirrored = predict(network, data.test_images, data, config, flip=True)
         accuracies |= {weights: accuracy(logits, labels), weights + "_tta": accuracy(logits + mirrored, labels)}
@@ -1030,14 +1115,18 @@ def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> 
         raise RunError(f"{path} is of another run: {changed}; {WAYS_ON}")
 
 
-def restore(path: Path, saved: dict[str, Any], state: State) -> None:
+def restore(path: Path, saved: dict[str, Any], state: State, *, with_optimizers: bool = True) -> None:
     """Put weights and optimizer states back; other names, other shapes and values that are not finite are refused."""
     with reading(path):
-        state.raw.load_state_dict(saved["model"])
+        state.raw.load_state_dict(saved["model"] or saved["averaged"])
         state.averaged.load_state_dict(saved["averaged"])
         for tensor in (*floating_tensors(state.raw), *floating_tensors(state.averaged)):
             if not tensor.isfinite().all():
                 raise ValueError("a weight is not finite")
+        if not with_optimizers:
+            return
+        if "optimizer" not in saved:
+            raise ValueError("it holds weights alone, which --evaluate takes")
         for optimizer, values in zip(state.optimizers, saved["optimizer"], strict=True):
             names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
             optimizer.load_state_dict(
@@ -1065,28 +1154,29 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     rank, size = rank_and_size()
 
     # What is there already, and what can be told of it before the data are there
-    path, about = config.output_dir / "checkpoint.pt", {"variant": name, "network": plain(arguments)}
-    summary = config.output_dir / "summary.json"
+    path, summary = config.evaluate or config.output_dir / "checkpoint.pt", config.output_dir / "summary.json"
     saved = load_checkpoint(path) if rank == 0 and os.path.lexists(path) and not config.fresh else None
     saved = from_first(saved)
-    if not saved and summary.exists() and not config.fresh:
+    if not saved and summary.exists() and not config.fresh and not config.evaluate:
         raise RunError(f"{summary} is of a finished run whose checkpoint.pt is gone; {WAYS_ON}")
     if config.evaluate:
         if saved is None:
             raise RunError(f"--evaluate: there is no {path}, or --fresh would have it replaced")
+        arguments = saved["network"]
         with reading(path):
-            then = {key: value for key, value in saved["recipe"].items() if key in config.recipe()}
+            then = {key: value for key, value in saved["recipe"].items() if key in config.decisive()}
             config = replace(config, **{key: type(getattr(config, key))(value) for key, value in then.items()})
+    about = {"variant": name, "network": plain(arguments)}
     if saved:
-        known = {key: value for key, value in config.recipe().items() if value != "auto" and key != "batch_size"}
+        known = {key: value for key, value in config.decisive().items() if value != "auto" and key != "batch_size"}
         check_same_run(path, saved, saved | about | {"recipe": saved["recipe"] | known})
 
     # Data and network
     data = load_data(config, device)
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
-    config = replace(config, **from_first(config.recipe()))  # another processor may choose otherwise
+    config = replace(config, **from_first(config.decisive()))  # another processor may choose otherwise
     about |= {
-        "recipe": config.recipe(),
+        "recipe": config.decisive(),
         "seed": config.seed,
         "data": data.fingerprint,
         "classes": data.classes,
@@ -1097,11 +1187,14 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     if from_first(about) != about:
         raise RunError(f"process {rank} has other settings or data than process 0")
     torch.manual_seed(config.seed)
-    network = build(num_classes=len(data.classes), **arguments).to(device, memory_format=layout(device))
-    state = State(network, copy.deepcopy(network), make_optimizers(network, config))
+    with reading(path) if config.evaluate else contextlib.nullcontext():
+        network = build(num_classes=len(data.classes), **arguments)
+    network.to(device, memory_format=layout(device))
+    averaged = copy.deepcopy(network) if not saved or saved["model"] else network  # published: one of the two alone
+    state = State(network, averaged, make_optimizers(network, config))
     if saved:
         check_same_run(path, saved, about)
-        restore(path, saved, state)
+        restore(path, saved, state, with_optimizers=not config.evaluate)
     done = saved["epoch"] if saved else 0
 
     # What is about to happen
@@ -1119,7 +1212,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
     print(*(f"{key}: {facts[key]}" for key in ("device", "versions", "data")), sep="\n")
     doing = "evaluating" if config.evaluate else "training" if done < config.epochs else "nothing to train"
-    print(f"{doing}: {done} of {config.epochs} epochs done in {config.output_dir}")
+    print(f"{doing}: {done} of {config.epochs} epochs done in {config.evaluate or config.output_dir}")
     if 0 < done < config.epochs and not config.evaluate:
         print(f"continuing after epoch {done}: bit for bit on the same machine, device, versions and thread count")
 
@@ -1231,15 +1324,17 @@ def writing_alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def main(name: str, build: Callable[..., nn.Module], **arguments: Any) -> None:
+def main(name: str, build: Callable[..., nn.Module], *, long: dict[str, Any], **arguments: Any) -> None:
     """Read the command line and run; the whole program of a script.
 
     Args:
         name: Of the variant; names the run's folder and is kept in the checkpoint.
         build: Returns the network, called with num_classes and `arguments`.
+        long: What of `arguments` is otherwise with --recipe long.
         arguments: Plain values, kept in the checkpoint.
     """
     config = parse_command_line(name)
+    arguments |= long if config.recipe == "long" else {}
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed: the next file opened, a checkpoint, would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115

@@ -327,4 +327,5 @@ def initialize(network: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    common.main("baseline", MobileNetV4, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1)
+    long = {"strides": (1, 1, 2, 1, 2)}
+    common.main("baseline", MobileNetV4, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1, long=long)

@@ -105,4 +105,5 @@ if __name__ == "__main__":
         dropout=0.1,
         squeeze_excitation=True,
         stochastic_depth=0.1,
+        long={"strides": (1, 1, 2, 1, 2)},
     )

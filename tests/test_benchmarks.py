@@ -1,10 +1,20 @@
 """The benchmarks run, at their smallest, and print what they promise."""
 
+import csv
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import common
+from benchmarks import ablation
+from mobilenetv4_baseline import MobileNetV4
+from mobilenetv4_enhanced import enhanced_mobilenetv4
 
 
 def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
@@ -16,3 +26,91 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
     assert re.search(r"^baseline +\d+\.\d +\d+\.\d +\d+\.\d +1\.00 ", result.stdout, re.M)
     assert re.search(r"^baseline: .*convolution, backward \d+%", result.stdout, re.M)
     assert re.search(r"^baseline: at most [\d,]+ images/s by arithmetic", result.stdout, re.M)
+
+
+# ---- Ablation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "reference"), [("baseline", MobileNetV4), ("all", enhanced_mobilenetv4)])
+def test_no_idea_is_the_baseline_and_all_are_the_enhanced_network(name, reference, monkeypatch):
+    built = []
+    monkeypatch.setattr(common, "main", lambda name, build, *, long, **arguments: built.append(build(10, **arguments)))
+    torch.manual_seed(0)
+    ablation.train(name)
+    torch.manual_seed(0)
+    network, (other,) = reference(10), built
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    for model in (network, other):
+        torch.manual_seed(1)
+        model.stage4[3].project[1].weight.data.fill_(1)  # a branch that counts
+    images = torch.randn(4, 3, 16, 16)
+    outputs = []
+    for model in (network, other):
+        torch.manual_seed(2)
+        outputs.append(model(images))
+    assert torch.equal(*outputs)
+
+
+def test_each_network_of_the_ablation_has_the_ideas_of_its_name(monkeypatch):
+    built = []
+    monkeypatch.setattr(common, "main", lambda name, build, *, long, **arguments: built.append(build(10, **arguments)))
+    for name in ablation.IDEAS:
+        ablation.train(name)
+        network, has = built.pop(), {}
+        parts = list(network.modules())
+        has["squeeze-excitation"] = any(type(part).__name__ == "SqueezeExcitation" for part in parts)
+        has["silu"] = any(isinstance(part, nn.SiLU) for part in parts)
+        assert has["silu"] != any(isinstance(part, nn.ReLU6) for part in parts)
+        has["stochastic-depth"] = network.stage4[-1].stochastic_depth.p == 0.1
+        for idea, present in has.items():
+            assert present == (name in (idea, "all") or (name.startswith("all-but") and idea not in name))
+
+
+def run_ablation(monkeypatch, tmp_path, *flags):
+    """Run it with made-up results in place of trainings; return which were trained."""
+    trained = []
+
+    def measure(name, seed, flags, runs):
+        trained.append((name, seed))
+        accuracy = 90 + 2 * ("silu" in name) + [0.0, 0.4, -0.4][seed]
+        return {"accuracy": f"{accuracy:.2f}", "parameters": 3_056_370, "device": "cpu"}
+
+    own = ["--synthetic", "--table", str(tmp_path / "a.csv"), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr(sys, "argv", ["ablation", *own, *flags])
+    monkeypatch.setattr(ablation, "measure", measure)
+    ablation.main()
+    return trained
+
+
+def test_the_ablation_skips_what_is_done_and_tells_noise_from_differences(monkeypatch, tmp_path, capsys):
+    assert len(run_ablation(monkeypatch, tmp_path, "--seeds", "2")) == 16
+    text = (tmp_path / "a.csv").read_text()
+    (tmp_path / "a.csv").write_text("".join(text.splitlines(keepends=True)[:-1]))  # as if it had been killed
+    assert run_ablation(monkeypatch, tmp_path, "--seeds", "3")[:2] == [("all-but-silu", 1), ("baseline", 2)]
+    capsys.readouterr()
+    assert run_ablation(monkeypatch, tmp_path, "--seeds", "3") == []
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert len({(row["network"], row["seed"]) for row in rows}) == len(rows) == 24
+    lines = capsys.readouterr().out.splitlines()
+    assert 2 * 0.4 * (2 / 3) ** 0.5 == pytest.approx(0.65, abs=0.01)
+    silu = next(line for line in lines if line.startswith("silu "))
+    assert re.search(r"^silu +3 +92\.00 +0\.40 +\+2\.00 \+- 0\.65 +\+0\.00 \+- 0\.65 within noise", silu)
+    assert re.search(r"^stochastic-depth +3 +90\.00 +0\.40 +\+0\.00 \+- 0\.65 within noise", "\n".join(lines), re.M)
+    assert "0.40 points (16 degrees of freedom)" in lines[-2]
+
+
+def test_runs_with_other_settings_are_another_ablation(monkeypatch, tmp_path, capsys):
+    assert len(run_ablation(monkeypatch, tmp_path, "--seeds", "1")) == 8
+    assert "unknown noise" in capsys.readouterr().out
+    assert len(run_ablation(monkeypatch, tmp_path, "--seeds", "1", "--epochs", "7")) == 8
+    assert "after 7 epochs" in capsys.readouterr().out
+
+
+def test_a_run_of_the_ablation_is_a_training_like_any_other(tmp_path):
+    flags = ["--synthetic", "--epochs", "1", "--image-size", "16", "--threads", "1"]
+    row = ablation.measure("silu", 1, flags, tmp_path)
+    assert row["parameters"] == 3_056_370
+    assert 0 <= float(row["accuracy"]) <= 100
+    assert common.load_checkpoint(tmp_path / "silu-1" / "checkpoint.pt")["network"]["silu"] is True
+    with pytest.raises(common.RunError, match="silu with seed 1: training ended with status 1"):
+        ablation.measure("silu", 1, [*flags, "--learning-rate", "0.01"], tmp_path)

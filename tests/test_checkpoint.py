@@ -16,7 +16,7 @@ import common
 from common import Config, RunError
 
 CONFIG = Config(epochs=1, batch_size=5, precision="fp32")
-ABOUT = {"variant": "tiny", "network": {"width": 1.0}, "recipe": CONFIG.recipe(), "data": "23 images", "seed": 0}
+ABOUT = {"variant": "tiny", "network": {"width": 1.0}, "recipe": CONFIG.decisive(), "data": "23 images", "seed": 0}
 
 
 @pytest.fixture

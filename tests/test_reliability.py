@@ -152,7 +152,7 @@ def in_a_child(patch: str, function) -> int:
 
 def test_a_death_before_any_line_of_the_save_leaves_the_old_file_or_the_new_one(tmp_path):
     config = Config(epochs=3, batch_size=5, precision="fp32")
-    about = {"variant": "tiny", "network": {}, "recipe": config.recipe(), "data": "made up"}
+    about = {"variant": "tiny", "network": {}, "recipe": config.decisive(), "data": "made up"}
     path, whole = tmp_path / "checkpoint.pt", []
     for epochs in (1, 2):
         state, _ = train(config, epochs=epochs)

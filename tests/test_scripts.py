@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import CLASSES, flags, run_script
+from conftest import CLASSES, REPOSITORY, flags, run_script
 from PIL import Image
 
 from mobilenetv4_baseline import MobileNetV4
@@ -122,3 +124,29 @@ def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
     assert result.returncode == 2
     assert "--epochs" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "weights.pt"
+    trained = run_script("baseline", *flags(folders, run, 1), "--recipe", "long", "--cutmix", 0)
+    assert trained.returncode == 0, trained.stderr
+    exporting = [sys.executable, "-m", "tools.export", str(run / "checkpoint.pt"), str(file)]
+    result = subprocess.run(exporting, cwd=REPOSITORY, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert file.stat().st_size < 2.1 * 3_056_370 + 100_000
+    evaluated = run_script("baseline", "--evaluate", file, "--data-dir", folders)  # knows strides and recipe by itself
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "212,842,240 MACs" in evaluated.stdout
+    accuracies = re.findall(r"^test_accuracy averaged.*%", evaluated.stdout, re.M)
+    assert accuracies == re.findall(r"^test_accuracy averaged.*%", trained.stdout, re.M)
+    assert "test_accuracy raw" not in evaluated.stdout
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(file.read_bytes())
+    again = run_script("baseline", *flags(folders, tmp_path / "other", 1), "--recipe", "long", "--cutmix", 0)
+    assert again.returncode == 1
+    assert "weights alone" in again.stderr
+    wrong = run_script("enhanced", "--evaluate", file, "--data-dir", folders)
+    assert "variant was baseline and is now enhanced" in wrong.stderr
+    missing = run_script("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
+    assert missing.returncode == 1
+    assert "none.pt" in missing.stderr and missing.stderr.count("\n") == 1

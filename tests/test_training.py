@@ -10,6 +10,7 @@ import torch
 from conftest import random_images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import common
@@ -88,9 +89,11 @@ def test_shifts_are_uniform_and_independent_for_each_image():
 @pytest.mark.parametrize("cutout", [0, 8])
 def test_augmentation_equals_padding_cropping_and_flipping_each_image_alone(cutout):
     config = Config(crop_padding=4, cutout=cutout)
-    images = torch.from_numpy(random_images(20, 5))
+    data = small_data()
+    images = data.train_images
     drawn = common.draw_epoch(20, config, 1, CPU)
-    augmented = common.augment(images, drawn, slice(5, 15), config)
+    augmented, labels = common.augment(data, drawn, slice(5, 15), config)
+    assert torch.equal(labels, data.train_labels[drawn["order"][5:15]])
     assert augmented.shape == (10, 32, 32, 3)
     assert augmented.dtype == torch.uint8
     for got, index in zip(augmented.numpy(), drawn["order"][5:15].tolist(), strict=True):
@@ -100,10 +103,147 @@ def test_augmentation_equals_padding_cropping_and_flipping_each_image_alone(cuto
         if drawn["flip"][index]:
             expected = expected[:, ::-1]
         if cutout:
-            row, column = drawn["hole"][index].tolist()
+            row, column = drawn["centre"][index].tolist()
             expected = expected.copy()
             expected[max(0, row - 4) : row + 4, max(0, column - 4) : column + 4] = 128
         np.testing.assert_array_equal(got, expected)
+
+
+def test_cutmix_takes_a_square_of_the_neighbour_and_its_share_of_the_label():
+    data, config = small_data(), Config(cutmix=0.5)
+    drawn = common.draw_epoch(23, config, 1, CPU)
+    images, shares = common.augment(data, drawn, slice(0, 23), config)
+    plain, labels = common.augment(data, drawn, slice(0, 23), Config())
+    assert shares.dtype == torch.float32
+    mixed = drawn["mixed"][drawn["order"]]
+    for number in range(23):
+        own, other = plain[number], plain[number - 1]
+        changed = (images[number] != own).any(2)
+        if not mixed[number]:
+            assert not changed.any()
+        rows, columns = (changed.any(axis).nonzero().flatten() for axis in (1, 0))
+        area = 0
+        if len(rows):
+            square = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+            assert torch.equal(images[number][square], other[square])
+            area = changed[square].numel() / 32**2
+        expected = torch.zeros(len(data.classes))
+        expected[labels[number]] += 1 - area
+        expected[labels[number - 1]] += area
+        assert torch.allclose(shares[number], expected, atol=0.01)  # a pixel may be the same in both
+    assert 6 <= mixed.sum() <= 17
+
+
+def test_the_squares_of_cutmix_have_uniform_areas_and_cutout_takes_the_rest():
+    drawn = common.draw_epoch(9000, Config(cutmix=0.5, cutout=6), 1, CPU)
+    mixed, side = drawn["mixed"], drawn["side"]
+    assert mixed.float().mean() == pytest.approx(0.5, abs=0.03)
+    assert set(side[~mixed].tolist()) == {6}
+    area = side[mixed].float().square() / 32**2
+    assert area.mean() == pytest.approx(1 / 2, abs=0.03)
+    assert area.var() == pytest.approx(1 / 12, abs=0.01)
+
+
+def test_cutmix_and_cutout_together_give_each_image_one_of_both():
+    data, config = small_data(), Config(cutmix=0.5, cutout=10)
+    drawn = common.draw_epoch(23, config, 1, CPU)
+    images, _ = common.augment(data, drawn, slice(0, 23), config)
+    mixed_alone, _ = common.augment(data, drawn | {"side": drawn["side"] * drawn["mixed"]}, slice(0, 23), config)
+    cut_alone, _ = common.augment(data, drawn, slice(0, 23), Config(cutout=10))
+    mixed = drawn["mixed"][drawn["order"]]
+    assert torch.equal(images[mixed], mixed_alone[mixed])
+    assert torch.equal(images[~mixed], cut_alone[~mixed])
+    assert (images[~mixed] == 128).all(3).flatten(1).sum(1).min() >= 5 * 5
+
+
+def test_mixing_takes_neighbours_as_they_were_augmented_and_can_be_trained_with():
+    config = Config(epochs=1, batch_size=8, cutmix=1.0, photometric=1.0)
+    data = small_data()
+    drawn = common.draw_epoch(23, config, 1, CPU)
+    images, _ = common.augment(data, drawn, slice(0, 23), config)
+    colored, _ = common.augment(data, drawn, slice(0, 23), Config(photometric=1.0))
+    assert ((images == colored) | (images == colored.roll(1, 0))).all()
+    _, losses = train(config)
+    assert len(losses) == 2 and all(loss.isfinite() for loss in losses)
+
+
+def reference_colors(image, name, strength):
+    """What torchvision's functions make of one image (3, H, W) with the strengths of TrivialAugment's wide table."""
+    factor, size = 1 + 0.99 * strength, abs(strength)
+    return {
+        "none": lambda: image,
+        "brightness": lambda: TF.adjust_brightness(image, factor),
+        "contrast": lambda: TF.adjust_contrast(image, factor),
+        "saturation": lambda: TF.adjust_saturation(image, factor),
+        "sharpness": lambda: TF.adjust_sharpness(image, factor),
+        "posterize": lambda: TF.posterize(image, 8 - round(6 * size)),
+        "solarize": lambda: TF.solarize(image, 255 * (1 - size)),
+        "autocontrast": lambda: TF.autocontrast(image),
+        "equalize": lambda: TF.equalize(image),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", common.OPERATIONS)
+def test_colours_change_as_by_torchvision_each_image_by_its_own_strength(name):
+    images = torch.from_numpy(random_images(9, 3))
+    images = images // 2 + torch.arange(32, dtype=torch.uint8)[:, None] * 2  # not as even as noise
+    strength = torch.linspace(-1, 1, 9)
+    changed = common.change_colors(images, torch.full((9,), common.OPERATIONS.index(name)), strength)
+    assert changed.dtype == torch.uint8
+    for got, image, value in zip(changed, images, strength.tolist(), strict=True):
+        expected = reference_colors(image.permute(2, 0, 1), name, value).permute(1, 2, 0)
+        assert (got.int() - expected.int()).abs().max() <= 1  # of 255: rounding
+    if name not in ("none", "autocontrast", "equalize"):
+        assert len({tuple(image.flatten().tolist()) for image in (changed - images)}) >= 5
+
+
+def test_each_image_of_a_batch_has_its_own_operation():
+    images = torch.from_numpy(random_images(1, 3) // 2).expand(9, 32, 32, 3)
+    together = common.change_colors(images, torch.arange(9), torch.full((9,), 0.6))
+    for operation in range(9):
+        alone = common.change_colors(images[:1], torch.tensor([operation]), torch.tensor([0.6]))
+        assert torch.equal(together[operation], alone[0])
+    assert len({tuple(image.flatten().tolist()) for image in together}) == 9
+
+
+def test_operations_and_strengths_are_drawn_uniformly_for_the_part_asked_for():
+    drawn = common.draw_epoch(9000, Config(photometric=0.5), 1, CPU)
+    counts = drawn["operation"].bincount(minlength=9) / 9000
+    assert counts[0] == pytest.approx(0.5 + 0.5 / 9, abs=0.03)
+    assert counts[1:].tolist() == pytest.approx([0.5 / 9] * 8, abs=0.01)
+    assert drawn["strength"].abs().max() <= 1
+    assert drawn["strength"].mean() == pytest.approx(0, abs=0.03)
+    assert drawn["strength"].var() == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_the_end_of_a_run_has_shifts_and_reflections_alone():
+    config = Config(epochs=10, cutmix=1.0, cutout=8, photometric=1.0, plain_end=0.2)
+    data = small_data()
+    for epoch in range(1, 11):
+        drawn = common.draw_epoch(23, config, epoch, CPU)
+        images, shares = common.augment(data, drawn, slice(0, 23), config)
+        plain, labels = common.augment(data, drawn, slice(0, 23), Config())
+        assert torch.equal(images, plain) == (epoch > 8)
+        assert torch.equal(shares, torch.eye(len(data.classes))[labels]) == (epoch > 8)
+
+
+def test_what_is_switched_off_leaves_order_shifts_and_reflections_as_they_were():
+    plain = common.draw_epoch(50, Config(), 3, CPU)
+    strong = common.draw_epoch(50, Config(cutmix=0.5, cutout=8, photometric=1.0), 3, CPU)
+    assert all(torch.equal(plain[name], strong[name]) for name in ("order", "shift", "flip", "centre"))
+
+
+def test_the_long_recipe_is_one_flag_away_and_other_flags_change_it(monkeypatch):
+    def read(*flags):
+        monkeypatch.setattr("sys.argv", ["x", *flags])
+        return common.parse_command_line("baseline")
+
+    assert {name: getattr(read("--recipe", "long"), name) for name in common.LONG} == common.LONG
+    assert read("--recipe", "long", "--epochs", "30").epochs == 30
+    assert read("--epochs", "30", "--recipe", "long").cutmix == common.LONG["cutmix"]
+    assert read().epochs == Config.epochs
+    with pytest.raises(SystemExit):
+        read("--recipe", "longer")
 
 
 def test_the_network_sees_normalised_images():
@@ -362,7 +502,7 @@ def test_compilation_is_chosen_from_the_configured_total(monkeypatch):
 def test_who_asks_for_compilation_where_there_is_none_can_continue(monkeypatch):
     monkeypatch.setattr(common, "can_compile", lambda device: False)
     first = common.settle(Config(compile="on"), CPU, 50_000, None)
-    assert first.compile == common.settle(Config(compile="on"), CPU, 50_000, first.recipe()).compile == "on"
+    assert first.compile == common.settle(Config(compile="on"), CPU, 50_000, first.decisive()).compile == "on"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""What each of the three ideas of the enhanced network brings: alone, and taken away from all three.
+
+    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10               # the default recipe: for a GPU
+    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10 --epochs 4    # some hours on two CPU cores
+
+Any other flag is one of the training's (see `python mobilenetv4_enhanced.py --help`). Each run becomes a row of
+results/ablation.csv; a run that has one is skipped, one that was interrupted continues, so the same command continues
+everything. Then come mean, standard deviation and differences of all runs with these settings.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import common
+from mobilenetv4_enhanced import enhanced_mobilenetv4
+
+IDEAS = {
+    # name                         squeeze_excitation, stochastic_depth, silu
+    "baseline":                    (False, 0.0, False),
+    "squeeze-excitation":          (True,  0.0, False),
+    "stochastic-depth":            (False, 0.1, False),
+    "silu":                        (False, 0.0, True),
+    "all":                         (True,  0.1, True),
+    "all-but-squeeze-excitation":  (False, 0.1, True),
+    "all-but-stochastic-depth":    (True,  0.0, True),
+    "all-but-silu":                (True,  0.1, False),
+}  # fmt: skip
+
+
+# ---- One run -------------------------------------------------------------------------------------------------------
+
+
+def build(num_classes: int, *, silu: bool, **arguments: Any) -> nn.Module:
+    return enhanced_mobilenetv4(num_classes, activation=nn.SiLU if silu else nn.ReLU6, **arguments)
+
+
+def train(name: str) -> None:
+    """Train one network in this process, as the scripts do, by the flags of the command line."""
+    ideas = dict(zip(("squeeze_excitation", "stochastic_depth", "silu"), IDEAS[name], strict=True))
+    common.main(
+        name, build, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1, **ideas, long={"strides": (1, 1, 2, 1, 2)}
+    )
+
+
+def measure(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, Any]:
+    """Train in a process of its own, or continue, and return what is to be kept of the result."""
+    output = runs / f"{name}-{seed}"
+    own = ["--seed", str(seed), "--output-dir", str(output)]
+    command = [sys.executable, "-m", "benchmarks.ablation", "--train", name, *flags, *own]
+    if status := subprocess.run(command).returncode:
+        raise common.RunError(f"{name} with seed {seed}: training ended with status {status}")
+    summary = json.loads((output / "summary.json").read_text())
+    accuracies = summary.get("test_accuracy") or summary["holdout_accuracy"]
+    return {
+        "accuracy": f"{accuracies[summary['headline']]:.2f}",
+        "raw": f"{accuracies['raw']:.2f}",
+        "with_flip": f"{accuracies[summary['headline'] + '_tta']:.2f}",
+        **{key: summary[key] for key in ("parameters", "macs", "seconds", "device", "versions")},
+    }
+
+
+# ---- All runs ------------------------------------------------------------------------------------------------------
+
+
+def read(table: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(table.open(newline=""))) if table.exists() else []
+
+
+def add(table: Path, row: dict[str, Any]) -> None:
+    """Add a row to the table, which is whole at every moment; what others have added meanwhile stays."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with common.exclusive(table.with_name(f".{table.name}.lock"), wait=True):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, row, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*read(table), row])
+        with common.replacing(table) as file:
+            file.write(text.getvalue().encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each network, with seeds from 0")
+    parser.add_argument("--table", type=Path, default=Path("results/ablation.csv"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where the runs are kept")
+    parser.add_argument("--train", choices=IDEAS, help=argparse.SUPPRESS)
+    options, flags = parser.parse_known_args()
+    sys.argv[1:] = flags
+    if options.train:
+        return train(options.train)
+
+    config = common.parse_command_line("ablation")
+    with common.failures_in_one_line(config):
+        data = common.load_data(config, torch.device("cpu")).fingerprint
+        settings = {key: value for key, value in config.decisive().items() if key != "seed"}
+        same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}
+        place = hashlib.sha256(repr(same).encode()).hexdigest()[:8]
+        for seed in range(options.seeds):  # all networks with one seed, then the next
+            for name in IDEAS:
+                key = {"network": name, "seed": str(seed), **same}
+                if not any(key.items() <= row.items() for row in read(options.table)):
+                    add(options.table, key | measure(name, seed, flags, options.runs / place))
+        rows = [row for row in read(options.table) if same.items() <= row.items()]
+        print(*report(rows, config), sep="\n")
+
+
+# ---- Report --------------------------------------------------------------------------------------------------------
+
+
+def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
+    """Yield the lines of the table.
+
+    The standard deviation of one run is taken as the same for all networks and pooled over them. A difference of two
+    means is within its noise when it is less than two of its standard errors.
+    """
+    accuracies: dict[str, list[float]] = {}
+    for name in IDEAS:
+        if found := [float(row["accuracy"]) for row in rows if row["network"] == name]:
+            accuracies[name] = found
+    freedom = sum(len(values) - 1 for values in accuracies.values())
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in accuracies.values() if len(values) > 1)
+    deviation = math.sqrt(squares / freedom) if freedom else math.nan
+
+    def difference(name: str, reference: str) -> str:
+        if name == reference or reference not in accuracies:
+            return ""
+        value = statistics.mean(accuracies[name]) - statistics.mean(accuracies[reference])
+        error = 2 * deviation * math.sqrt(1 / len(accuracies[name]) + 1 / len(accuracies[reference]))
+        verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) < error else ""
+        return f"{value:+.2f} +- {error:.2f} {verdict}"
+
+    yield f"{common.accuracy_name(config)} after {config.epochs} epochs, averaged weights"
+    yield f"{'':<28}{'runs':>5}{'mean':>8}{'sd':>7}   {'to the baseline':<29}{'to all three':<29}parameters"
+    for name, values in accuracies.items():
+        own = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "?"
+        size = next(row["parameters"] for row in rows if row["network"] == name)
+        yield (
+            f"{name:<28}{len(values):>5}{statistics.mean(values):>8.2f}{own:>7}   {difference(name, 'baseline'):<29}"
+            f"{difference(name, 'all'):<29}{int(size):,}"
+        )
+    yield f"one run's standard deviation, pooled: {deviation:.2f} points ({freedom} degrees of freedom)"
+    yield "+- is twice the standard error of the difference"
+
+
+if __name__ == "__main__":
+    main()

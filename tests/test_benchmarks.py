@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import CLASSES, random_images, run_script, write_folders
 from torch import nn
 
 import common
-from benchmarks import ablation
+from benchmarks import ablation, shifts
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
@@ -114,3 +115,31 @@ def test_a_run_of_the_ablation_is_a_training_like_any_other(tmp_path):
     assert common.load_checkpoint(tmp_path / "silu-1" / "checkpoint.pt")["network"]["silu"] is True
     with pytest.raises(common.RunError, match="silu with seed 1: training ended with status 1"):
         ablation.measure("silu", 1, [*flags, "--learning-rate", "0.01"], tmp_path)
+
+
+# ---- Shifts --------------------------------------------------------------------------------------------------------
+
+
+def test_shifts_move_the_content_and_reflect_at_the_borders():
+    images = torch.from_numpy(random_images(3, 1))
+    for down, right in ((0, 0), (2, 0), (-2, 0), (0, 2), (2, -2)):
+        padded = torch.nn.functional.pad(images.permute(0, 3, 1, 2).float(), [2] * 4, mode="reflect")
+        expected = padded[:, :, 2 - down : 34 - down, 2 - right : 34 - right].permute(0, 2, 3, 1)
+        assert torch.equal(shifts.shift(images, down, right).float(), expected)
+
+
+def test_the_accuracy_of_shifted_images_is_printed_for_every_direction(folders, tmp_path):
+    run = ["--epochs", "1", "--batch-size", "32", "--output-dir", tmp_path / "run"]
+    assert run_script("enhanced", "--data-dir", folders, *run).returncode == 0
+    command = [sys.executable, "-m", "benchmarks.shifts", str(tmp_path / "run" / "checkpoint.pt"), "--data-dir"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = dict(cwd=Path(__file__).parents[1], env=environment, text=True, capture_output=True)
+    result = subprocess.run([*command, str(folders)], **start)
+    assert result.returncode == 0, result.stderr
+    found = [float(value) for value in re.findall(r"right +(\d+\.\d\d)%$", result.stdout, re.M)]
+    assert len(found) == 9
+    assert f"mean of the eight {sum(found[1:]) / 8:.2f}%, lowest {min(found[1:]):.2f}%" in result.stdout
+    other = write_folders(tmp_path / "other", classes=[*CLASSES, "truck"])
+    refused = subprocess.run([*command, str(other)], **start)
+    assert refused.returncode == 1
+    assert "other classes" in refused.stderr and refused.stderr.count("\n") == 1

@@ -1,0 +1,54 @@
+"""A second look at a network that nobody tuned to: accuracy on the test images shifted by two pixels.
+
+    python -m benchmarks.shifts runs/baseline/checkpoint.pt --data-dir data/cifar10
+
+Each of the eight directions in turn, without test-time augmentation; what a shift uncovers is a reflection, as in
+training. Prints the accuracy of the images as they are, of each direction, and the mean and the lowest of the eight.
+"""
+
+import argparse
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import common
+from tools import load_network
+
+
+def shift(images: Tensor, down: int, right: int) -> Tensor:
+    """Move the content of images (N, H, W, 3) by so many pixels, reflecting at the borders."""
+    count = len(images)
+    drawn = {"shift": torch.tensor([[-down, -right]]).expand(count, 2), "flip": torch.zeros(count, dtype=torch.bool)}
+    drawn = {name: tensor.to(images.device) for name, tensor in drawn.items()}
+    return common.shift_and_flip(images, torch.arange(count, device=images.device), drawn)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir)
+    parser.add_argument("--pixels", type=int, default=2)
+    options = parser.parse_args()
+    config = common.Config(data_dir=options.data_dir)
+    with common.failures_in_one_line(config):
+        device = common.pick_device("auto", 0)
+        network, saved = load_network(options.checkpoint)
+        config = replace(config, image_size=saved["image_size"], precision=saved["recipe"]["precision"])
+        data = replace(common.load_data(config, device), mean=saved["mean"], std=saved["std"])
+        if data.classes != saved["classes"]:
+            raise common.RunError(f"{options.data_dir}: other classes than those of {options.checkpoint}")
+        network.to(device, memory_format=common.layout(device))
+        accuracies = {}
+        for down, right in itertools.product((0, -options.pixels, options.pixels), repeat=2):
+            logits = common.predict(network, shift(data.test_images, down, right), data, config)
+            accuracies[down, right] = common.accuracy(logits, data.test_labels)
+            print(f"{down:+3d} down {right:+3d} right  {accuracies[down, right]:6.2f}%", flush=True)
+        del accuracies[0, 0]
+        print(f"mean of the eight {sum(accuracies.values()) / 8:.2f}%, lowest {min(accuracies.values()):.2f}%")
+
+
+if __name__ == "__main__":
+    main()

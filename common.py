@@ -84,7 +84,7 @@ class Config:
     """A run. All but places and actions decides the weights that come out: it is saved, and compared on continuing."""
 
     recipe: str = setting("default", "long: many epochs and much augmentation, for a GPU", choices=("default", "long"))
-    epochs: int = setting(30, "passes over the training images", 1, 1e6)
+    epochs: int = setting(40, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
     learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
     adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", 0, 1e30)
@@ -95,7 +95,7 @@ class Config:
     clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", 0, 1e30)
     average: float = setting(0.05, "memory of the averaged weights: this part of all steps, less at first", 0, 0.999)
     crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
-    cutout: int = setting(0, "side in pixels of a square hidden in training images", 0, 224)
+    cutout: int = setting(8, "side in pixels of a square hidden in training images", 0, 224)
     cutmix: float = setting(0.0, "part of the training images that get a square of another one", 0, 1)
     photometric: float = setting(0.0, "part of the training images whose colours one operation changes", 0, 1)
     plain_end: float = setting(0.0, "part of the epochs, at the end, without the last three settings", 0, 1)

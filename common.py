@@ -1,8 +1,9 @@
 """Train and evaluate an image classifier on CIFAR-10, or on any folder of class folders: the loop of both scripts.
 
-A script hands over a name, a function that builds its network, and that function's arguments as plain values:
+A script hands over a name, a function that builds its network, and a function that returns, for a configuration, the
+builder's arguments as plain values:
 
-    common.main("baseline", MobileNetV4, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1)
+    common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1))
 
 The file reads in the order in which data flows: configuration, device, data, augmentation, summary, optimizer,
 training, evaluation, checkpoint, run. Everything random is a function of (seed, epoch) and the learning rate is a
@@ -1176,7 +1177,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
     config = replace(config, **from_first(config.decisive()))  # another processor may choose otherwise
     about |= {
-        "recipe": config.decisive(),
+        "recipe": saved["recipe"] if config.evaluate else config.decisive(),
         "seed": config.seed,
         "data": data.fingerprint,
         "classes": data.classes,
@@ -1209,7 +1210,8 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         f"torchvision {torchvision.__version__}",
         "data": f"{data.source}: {len(data.train_images):,} training images, {len(data.test_images):,} for evaluation",
     }
-    print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image")
+    print(f"{name}: {facts['parameters']:,} parameters, {facts['macs']:,} MACs per image of {config.image_size} pixels")
+    print(f"network: {', '.join(f'{key} {value}' for key, value in about['network'].items())}")
     print(*(f"{key}: {facts[key]}" for key in ("device", "versions", "data")), sep="\n")
     doing = "evaluating" if config.evaluate else "training" if done < config.epochs else "nothing to train"
     print(f"{doing}: {done} of {config.epochs} epochs done in {config.evaluate or config.output_dir}")
@@ -1324,17 +1326,15 @@ def writing_alone(directory: Path) -> Iterator[None]:
         yield
 
 
-def main(name: str, build: Callable[..., nn.Module], *, long: dict[str, Any], **arguments: Any) -> None:
+def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config], dict[str, Any]]) -> None:
     """Read the command line and run; the whole program of a script.
 
     Args:
         name: Of the variant; names the run's folder and is kept in the checkpoint.
-        build: Returns the network, called with num_classes and `arguments`.
-        long: What of `arguments` is otherwise with --recipe long.
-        arguments: Plain values, kept in the checkpoint.
+        build: Returns the network, called with num_classes and what `arguments` returns.
+        arguments: Returns plain values, which are kept in the checkpoint, for a configuration.
     """
     config = parse_command_line(name)
-    arguments |= long if config.recipe == "long" else {}
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed: the next file opened, a checkpoint, would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
@@ -1345,6 +1345,6 @@ def main(name: str, build: Callable[..., nn.Module], *, long: dict[str, Any], **
     reads = config.summary or config.evaluate or not first
     alone = contextlib.nullcontext() if reads else writing_alone(config.output_dir)
     with failures_in_one_line(config), alone:
-        run(name, build, arguments, config)
+        run(name, build, arguments(config), config)
     if rank_and_size()[1] > 1:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import common
-from mobilenetv4_baseline import BLOCKS, Activation, MobileNetV4, UniversalInvertedBottleneck, make_divisible
+from mobilenetv4_baseline import BLOCKS, Activation, MobileNetV4, UniversalInvertedBottleneck, arguments, make_divisible
 
 REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
 
@@ -97,13 +97,5 @@ def enhanced_mobilenetv4(
 
 
 if __name__ == "__main__":
-    common.main(
-        "enhanced",
-        enhanced_mobilenetv4,
-        width=1.15,
-        strides=(1, 1, 2, 2, 2),
-        dropout=0.1,
-        squeeze_excitation=True,
-        stochastic_depth=0.1,
-        long={"strides": (1, 1, 2, 1, 2)},
-    )
+    ideas = dict(squeeze_excitation=True, stochastic_depth=0.1)
+    common.main("enhanced", enhanced_mobilenetv4, lambda config: arguments(config) | ideas)

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 import common
+from mobilenetv4_baseline import arguments
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
 IDEAS = {
@@ -50,9 +51,7 @@ def build(num_classes: int, *, silu: bool, **arguments: Any) -> nn.Module:
 def train(name: str) -> None:
     """Train one network in this process, as the scripts do, by the flags of the command line."""
     ideas = dict(zip(("squeeze_excitation", "stochastic_depth", "silu"), IDEAS[name], strict=True))
-    common.main(
-        name, build, width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1, **ideas, long={"strides": (1, 1, 2, 1, 2)}
-    )
+    common.main(name, build, lambda config: arguments(config) | ideas)
 
 
 def measure(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from benchmarks import ablation, shifts
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
+CONFIG = common.Config()
+
 
 def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
     options = ("--images", "64", "--batch-size", "32", "--turns", "1", "--set", "compile=off")
@@ -35,7 +37,7 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
 @pytest.mark.parametrize(("name", "reference"), [("baseline", MobileNetV4), ("all", enhanced_mobilenetv4)])
 def test_no_idea_is_the_baseline_and_all_are_the_enhanced_network(name, reference, monkeypatch):
     built = []
-    monkeypatch.setattr(common, "main", lambda name, build, *, long, **arguments: built.append(build(10, **arguments)))
+    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(CONFIG))))
     torch.manual_seed(0)
     ablation.train(name)
     torch.manual_seed(0)
@@ -54,7 +56,7 @@ def test_no_idea_is_the_baseline_and_all_are_the_enhanced_network(name, referenc
 
 def test_each_network_of_the_ablation_has_the_ideas_of_its_name(monkeypatch):
     built = []
-    monkeypatch.setattr(common, "main", lambda name, build, *, long, **arguments: built.append(build(10, **arguments)))
+    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(CONFIG))))
     for name in ablation.IDEAS:
         ablation.train(name)
         network, has = built.pop(), {}

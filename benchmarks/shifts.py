@@ -8,14 +8,13 @@ training. Prints the accuracy of the images as they are, of each direction, and 
 
 import argparse
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import common
-from tools import load_network
+from tools import failures_in_one_line, load_data, load_network
 
 
 def shift(images: Tensor, down: int, right: int) -> Tensor:
@@ -32,14 +31,10 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir)
     parser.add_argument("--pixels", type=int, default=2)
     options = parser.parse_args()
-    config = common.Config(data_dir=options.data_dir)
-    with common.failures_in_one_line(config):
+    with failures_in_one_line():
         device = common.pick_device("auto", 0)
         network, saved = load_network(options.checkpoint)
-        config = replace(config, image_size=saved["image_size"], precision=saved["recipe"]["precision"])
-        data = replace(common.load_data(config, device), mean=saved["mean"], std=saved["std"])
-        if data.classes != saved["classes"]:
-            raise common.RunError(f"{options.data_dir}: other classes than those of {options.checkpoint}")
+        data, config = load_data(saved, options.data_dir, device)
         network.to(device, memory_format=common.layout(device))
         accuracies = {}
         for down, right in itertools.product((0, -options.pixels, options.pixels), repeat=2):

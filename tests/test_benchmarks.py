@@ -144,4 +144,4 @@ def test_the_accuracy_of_shifted_images_is_printed_for_every_direction(folders, 
     other = write_folders(tmp_path / "other", classes=[*CLASSES, "truck"])
     refused = subprocess.run([*command, str(other)], **start)
     assert refused.returncode == 1
-    assert "other classes" in refused.stderr and refused.stderr.count("\n") == 1
+    assert "its classes are" in refused.stderr and refused.stderr.count("\n") == 1

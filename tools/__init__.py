@@ -1,9 +1,16 @@
 """What people do after training, one module per job: `python -m tools.NAME` from the repository's root."""
 
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import common
 from mobilenetv4_baseline import MobileNetV4
@@ -12,15 +19,26 @@ from mobilenetv4_enhanced import enhanced_mobilenetv4
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 
 
+@contextlib.contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C; never with a traceback."""
+    try:
+        yield
+    except (common.RunError, OSError) as error:
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {common.printable(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def load_network(checkpoint: Path, *, weights: str = common.HEADLINE) -> tuple[nn.Module, dict[str, Any]]:
     """Build the network of a checkpoint with its weights, for evaluation.
 
     Args:
         checkpoint: Of a run of either script, or of `tools.export`.
-        weights: "averaged", or "raw", which weights in half precision lack.
+        weights: "averaged", or "raw", which a file of weights alone does not hold.
 
     Returns:
-        The network, and all that the checkpoint holds.
+        The network on the CPU, and all that the checkpoint holds.
 
     Raises:
         RunError: naming the file, if it is none of these, or damaged.
@@ -29,6 +47,50 @@ def load_network(checkpoint: Path, *, weights: str = common.HEADLINE) -> tuple[n
     with common.reading(checkpoint):
         if saved["variant"] not in BUILDERS:
             raise ValueError(f"its variant is {saved['variant']}, known are {', '.join(BUILDERS)}")
+        values = saved["model" if weights == "raw" else weights]
+        if not values:
+            raise ValueError(f"it holds no {weights} weights")
         network = BUILDERS[saved["variant"]](len(saved["classes"]), **saved["network"])
-        network.load_state_dict(saved["model" if weights == "raw" else weights])
+        network.load_state_dict(values)
     return network.eval(), saved
+
+
+def settings(saved: dict[str, Any], device: torch.device, **others: Any) -> common.Config:
+    """Return the configuration to predict with as the run of a checkpoint did; MPS knows no bfloat16."""
+    precision = "fp32" if device.type == "mps" else saved["recipe"]["precision"]
+    return common.Config(image_size=saved["image_size"], precision=precision, **others)
+
+
+def load_data(saved: dict[str, Any], data_dir: Path, device: torch.device) -> tuple[common.Data, common.Config]:
+    """Load the images in `data_dir` as the network of a checkpoint wants them, and the configuration to predict with.
+
+    Raises:
+        RunError: if there are none, or of other classes.
+    """
+    config = settings(saved, device, data_dir=data_dir)
+    data = common.load_data(config, device)
+    if data.classes != saved["classes"]:
+        raise common.RunError(
+            f"{data_dir}: its classes are {', '.join(data.classes)}, the network's are {', '.join(saved['classes'])}"
+        )
+    return replace(data, mean=saved["mean"], std=saved["std"]), config
+
+
+def predict(network: nn.Module, saved: dict[str, Any], images: Tensor) -> Tensor:
+    """Return the logits of any images, uint8 (N, H, W, 3), as float32 (N, classes) on the CPU."""
+    labels = torch.zeros(0, dtype=torch.int64)
+    data = common.Data("", saved["classes"], images, labels, images, labels, saved["mean"], saved["std"], "")
+    return common.predict(network, images, data, settings(saved, images.device))
+
+
+def optional(*names: str) -> list[ModuleType]:
+    """Import packages that only some tools need.
+
+    Raises:
+        RunError: with the command that installs what is not there.
+    """
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        packages = sorted({name.split(".")[0] for name in names})
+        raise common.RunError(f"this needs more packages ({error}): pip install {' '.join(packages)}") from None

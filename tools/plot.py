@@ -1,0 +1,164 @@
+"""Draw what happened in a run, because people would rather look; needs `pip install matplotlib`.
+
+    python -m tools.plot runs/baseline                        # all four pictures, into that folder
+    python -m tools.plot runs/baseline runs/enhanced --output-dir runs   # curves.png alone, both runs in it
+
+curves.png: loss and accuracy of each epoch. confusion.png: which classes are taken for which. mistakes.png: the most
+confident errors. samples.png: training images as the network sees them, augmented by the settings of the run.
+"""
+
+import argparse
+import csv
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import common
+from tools import failures_in_one_line, load_network, optional, predict
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
+LINES = ("-", "--", "-.", ":")
+
+
+def draw_curves(runs: list[Path], file: Path, plt: Any) -> None:
+    """Draw loss and accuracy after each epoch; several runs differ in colour and in the kind of line."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for index, run in enumerate(runs):
+        rows = read_metrics(run)
+        name = next(key for key in rows[0] if key.endswith("_accuracy"))
+        style = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[index % len(LINES)], label=run.name)
+        for axis, column in zip(axes, ("loss", name), strict=True):
+            values = [(float(row["epoch"]), float(row[column])) for row in rows if row[column] != "nan"]
+            axis.plot(*zip(*values, strict=True), marker="." if len(values) < 60 else "", **style)
+            axis.set(xlabel="epoch", ylabel="training loss" if column == "loss" else f"{name.replace('_', ' ')} (%)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(loc="lower right")
+    figure.savefig(file, dpi=120)
+
+
+def read_metrics(run: Path) -> list[dict[str, str]]:
+    """Read metrics.csv of a run.
+
+    Raises:
+        RunError: if it is not there, or empty.
+    """
+    table = run / "metrics.csv"
+    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    if not rows:
+        raise common.RunError(f"{table}: no epochs there; expected the folder of a run")
+    return rows
+
+
+def draw_confusion(summary: dict[str, Any], file: Path, plt: Any) -> None:
+    """Draw the confusion matrix in per cent of each true class; colour shows the errors alone."""
+    classes = list(summary["per_class_accuracy"])
+    counts = torch.tensor(summary["confusion_matrix"], dtype=torch.double)
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    errors = shares.clone().fill_diagonal_(0)
+    side = 2.5 + 0.6 * len(classes)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    picture = axis.imshow(errors, cmap="Blues", vmax=max(1, 1.4 * errors.max().item()))
+    for row in range(len(classes)):
+        for column in range(len(classes)):
+            if shares[row, column] > 0:
+                weight = "bold" if row == column else "normal"
+                axis.text(
+                    column, row, f"{shares[row, column]:.1f}", ha="center", va="center", fontsize=8, weight=weight
+                )
+    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="predicted", ylabel="true", title="per cent of each true class")
+    figure.colorbar(picture, label="errors (%)", shrink=0.8)
+    figure.savefig(file, dpi=120)
+
+
+def draw_grid(images: torch.Tensor, titles: list[str], file: Path, plt: Any) -> None:
+    """Draw images, uint8 (N, H, W, 3), eight in a row, with a title over each."""
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, title in zip(axes.flat, images.cpu().numpy(), titles, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def draw_mistakes(logits: torch.Tensor, data: common.Data, file: Path, plt: Any) -> None:
+    """Draw the 32 most confident errors with their true classes and what they were taken for."""
+    confidence, predicted = logits.softmax(1).max(1)
+    labels = data.test_labels.cpu()
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:32]
+    if not len(wrong):
+        print("no mistakes to draw")
+        return
+    titles = [
+        f"{data.classes[labels[index]]}\nas {data.classes[predicted[index]]} {100 * confidence[index]:.0f}%"
+        for index in wrong
+    ]
+    draw_grid(data.test_images.cpu()[wrong], titles, file, plt)
+
+
+def draw_samples(data: common.Data, config: common.Config, file: Path, plt: Any) -> None:
+    """Draw 32 images of the first epoch as they were trained on, with their labels or, when mixed, their shares."""
+    count, device = min(32, len(data.train_images)), data.train_images.device
+    drawn = common.draw_epoch(len(data.train_images), config, 1, device)
+    images, labels = common.augment(data, drawn, slice(count), config)
+    shares = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, len(data.classes)).float()
+    titles = []
+    for row in shares.cpu():
+        best = [index for index in row.argsort(descending=True).tolist() if row[index] > 0.005]
+        parts = [data.classes[index] + (f" {100 * row[index]:.0f}%" if row[index] < 0.995 else "") for index in best]
+        titles.append("\n".join(parts))
+    draw_grid(images, titles, file, plt)
+
+
+def draw_all(run: Path, folder: Path, data_dir: Path, plt: Any) -> list[Path]:
+    """Draw confusion.png, mistakes.png and samples.png of one run and return their paths."""
+    summary, device = run / "summary.json", common.pick_device("cpu", 0)
+    if not summary.exists():
+        raise common.RunError(f"{summary}: not there; the run has not finished")
+    network, saved = load_network(run / "checkpoint.pt")
+    known = {item.name for item in fields(common.Config)}
+    recipe = {key: value for key, value in saved["recipe"].items() if key in known}
+    config = common.Config(**recipe | {"data_dir": data_dir})
+    data = common.load_data(config, device)
+    files = [folder / name for name in ("confusion.png", "mistakes.png", "samples.png")]
+    draw_confusion(json.loads(summary.read_text()), files[0], plt)
+    draw_mistakes(predict(network, saved, data.test_images), data, files[1], plt)
+    draw_samples(data, config, files[2], plt)
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, as runs/baseline")
+    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir, help="(default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where the pictures go (default: the first RUN)")
+    options = parser.parse_args()
+    with failures_in_one_line():
+        matplotlib, _ = optional("matplotlib", "matplotlib.pyplot")
+        matplotlib.use("Agg")  # draws into files, needs no screen
+        folder = options.output_dir or options.runs[0]
+        curves = folder / "curves.png"
+        for run in options.runs:
+            read_metrics(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_curves(options.runs, curves, matplotlib.pyplot)
+        files = [curves]
+        if len(options.runs) == 1:
+            files += draw_all(options.runs[0], folder, options.data_dir, matplotlib.pyplot)
+        print(*files, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -113,6 +113,7 @@ class Config:
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", 0, 1024, place=True)
     synthetic: bool = setting(False, "train on made-up images, to try the installation", place=True)
     fresh: bool = setting(False, "start over, replacing the run that is there", place=True)
+    init_from: Path | None = setting(None, "begin with the weights of this checkpoint", place=True)
     evaluate: Path | None = setting(None, "evaluate FILE, or else the run's checkpoint, and stop", place=True)
     summary: bool = setting(False, "print the network's table and stop", place=True)
 
@@ -164,9 +165,8 @@ def parse_command_line(name: str) -> Config:
         elif "choices" in about:
             group.add_argument(flag, choices=about["choices"], default=item.default, help=text)
         elif item.default is None:
-            group.add_argument(
-                flag, type=reader(Path, None, None), nargs="?", const=True, metavar="FILE", help=about["help"]
-            )
+            may_be_alone = {"nargs": "?", "const": True} if item.name == "evaluate" else {}
+            group.add_argument(flag, type=reader(Path, None, None), metavar="FILE", help=about["help"], **may_be_alone)
         else:
             unit = {int: "N", float: "X", str: "URL"}.get(kind, "DIR")
             read = reader(Path if unit == "DIR" else kind, about["low"], about["high"])
@@ -1108,12 +1108,30 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> None:
     """Refuse to continue a run that was begun otherwise, naming each difference with both values."""
     then, now = (
-        {"variant": run["variant"], "data": run["data"], **run["network"], **run["recipe"]} for run in (saved, about)
+        {"variant": run["variant"], "data": run["data"], "init_from": run.get("init_from"), **run["network"]}
+        | run["recipe"]
+        for run in (saved, about)
     )
     keys = [key for key in then | now if then.get(key) != now.get(key)]
     if keys:
         changed = "; ".join(f"{key} was {then.get(key)} and is now {now.get(key)}" for key in keys)
         raise RunError(f"{path} is of another run: {changed}; {WAYS_ON}")
+
+
+def begin_with(path: Path, initial: dict[str, Any], network: nn.Module, classes: list[str]) -> None:
+    """Copy the headline weights of a checkpoint into the network; where its classes are others, all but the classifier.
+
+    Raises:
+        RunError: if they are of another network.
+    """
+    *_, classifier = (name for name, layer in network.named_modules() if isinstance(layer, nn.Linear))
+    own = {name: value for name, value in network.state_dict().items() if name.startswith(f"{classifier}.")}
+    other = initial.get("classes") != classes
+    try:
+        network.load_state_dict(initial[HEADLINE] | (own if other else {}))
+    except Exception as error:  # other names or shapes, or no tensors at all
+        raise RunError(f"--init-from {path}: the weights of another network ({one_line(error)})") from None
+    print(f"beginning with the weights of {path}" + f" and a new classifier of {len(classes)} classes" * other)
 
 
 def restore(path: Path, saved: dict[str, Any], state: State, *, with_optimizers: bool = True) -> None:
@@ -1156,6 +1174,7 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
 
     # What is there already, and what can be told of it before the data are there
     path, summary = config.evaluate or config.output_dir / "checkpoint.pt", config.output_dir / "summary.json"
+    initial = load_checkpoint(config.init_from) if config.init_from and not config.evaluate else None
     saved = load_checkpoint(path) if rank == 0 and os.path.lexists(path) and not config.fresh else None
     saved = from_first(saved)
     if not saved and summary.exists() and not config.fresh and not config.evaluate:
@@ -1177,19 +1196,24 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
     config = settle(config, device, len(data.train_images), saved and saved["recipe"])
     config = replace(config, **from_first(config.decisive()))  # another processor may choose otherwise
     about |= {
-        "recipe": saved["recipe"] if config.evaluate else config.decisive(),
+        "recipe": config.decisive(),
         "seed": config.seed,
         "data": data.fingerprint,
         "classes": data.classes,
         "image_size": config.image_size,
         "mean": data.mean,
         "std": data.std,
+        "init_from": initial and hashlib.sha256(config.init_from.read_bytes()).hexdigest()[:16],
     }
+    if config.evaluate:  # which an older program may have saved with fewer settings
+        about |= {key: saved.get(key) for key in ("recipe", "init_from")}
     if from_first(about) != about:
         raise RunError(f"process {rank} has other settings or data than process 0")
     torch.manual_seed(config.seed)
     with reading(path) if config.evaluate else contextlib.nullcontext():
         network = build(num_classes=len(data.classes), **arguments)
+    if initial and not saved:
+        begin_with(config.init_from, initial, network, data.classes)
     network.to(device, memory_format=layout(device))
     averaged = copy.deepcopy(network) if not saved or saved["model"] else network  # published: one of the two alone
     state = State(network, averaged, make_optimizers(network, config))

@@ -18,6 +18,7 @@ from mobilenetv4_baseline import (
     DepthwiseConv2d,
     MobileNetV4,
     UniversalInvertedBottleneck,
+    arguments,
     depthwise,
     make_divisible,
 )
@@ -435,3 +436,14 @@ def test_compiled_bn_does_not_lose_a_small_variance_beside_a_large_mean(compiled
     torch.testing.assert_close(compiled(norm)(images), plain(images), rtol=0, atol=1e-2)
     torch.testing.assert_close(norm.running_var, plain.running_var, rtol=1e-4, atol=0)
     assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(("recipe", "least"), [("default", 4), ("long", 8)])
+def test_the_strides_leave_a_last_map_of_the_same_size_whatever_the_images(recipe, least):
+    for size in range(32, 257):
+        strides = arguments(common.Config(recipe=recipe, image_size=size))["strides"]
+        side = size // math.prod(strides)
+        assert least <= side < 2 * least or math.prod(strides) == 32
+    assert arguments(common.Config())["strides"] == (1, 1, 2, 2, 2)
+    assert arguments(common.Config(image_size=224))["strides"] == PAPER
+    assert arguments(common.Config(recipe="long"))["strides"] == (1, 1, 2, 1, 2)

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
-from conftest import CLASSES, REPOSITORY, flags, run_script
+from conftest import CLASSES, REPOSITORY, flags, run_script, write_folders
 from PIL import Image
 
+import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
@@ -150,3 +151,49 @@ def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp
     missing = run_script("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
     assert missing.returncode == 1
     assert "none.pt" in missing.stderr and missing.stderr.count("\n") == 1
+
+
+def test_a_run_begins_with_the_weights_of_another_and_a_new_classifier_where_classes_differ(folders, tmp_path):
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    result = run_script("baseline", *flags(folders, first, 1))
+    assert result.returncode == 0, result.stderr
+    more = write_folders(tmp_path / "more", classes=[*CLASSES, "truck"])
+    still = ("--learning-rate", 0, "--adam-learning-rate", 0, "--init-from", first / "checkpoint.pt")
+    result = run_script("baseline", *flags(more, second, 1), *still)
+    assert result.returncode == 0, result.stderr
+    assert f"beginning with the weights of {first / 'checkpoint.pt'} and a new classifier of 4 classes" in result.stdout
+    before, after = (common.load_checkpoint(run / "checkpoint.pt") for run in (first, second))
+    for name, _ in MobileNetV4(3).named_parameters():
+        if name.startswith("classifier."):
+            assert after["model"][name].shape[0] == 4
+        else:
+            assert torch.equal(after["model"][name], before["averaged"][name])
+    result = run_script("baseline", *flags(folders, third, 1), *still)
+    assert "classifier" not in result.stdout
+    same = common.load_checkpoint(third / "checkpoint.pt")["model"]
+    assert torch.equal(same["classifier.weight"], before["averaged"]["classifier.weight"])
+    # the same command goes on, another beginning is another run, and evaluation needs none
+    assert "nothing to train" in run_script("baseline", *flags(folders, third, 1), *still).stdout
+    other = run_script("baseline", *flags(folders, third, 1), *still[:4])
+    assert other.returncode == 1
+    assert "init_from was" in other.stderr and "is now None" in other.stderr
+    assert run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", third).returncode == 0
+
+
+def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
+    assert run_script("baseline", *flags(folders, tmp_path / "run", 1)).returncode == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    wrong = run_script("enhanced", *flags(folders, tmp_path / "other", 1), "--init-from", checkpoint)
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith(f"error: --init-from {checkpoint}: the weights of another network")
+    missing = run_script("baseline", *flags(folders, tmp_path / "other", 1), "--init-from", tmp_path / "none.pt")
+    assert missing.returncode == 1
+    assert missing.stderr == f"error: {tmp_path / 'none.pt'}: not a file\n"
+    assert wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("size", "strides"), [(48, "[1, 1, 2, 2, 2]"), (64, "[1, 2, 2, 2, 2]")])
+def test_the_strides_follow_the_image_size_and_are_told(size, strides, folders, tmp_path):
+    result = run_script("baseline", *flags(folders, tmp_path / "run", 1), "--image-size", size)
+    assert result.returncode == 0, result.stderr
+    assert f"strides {strides}" in result.stdout

@@ -1,0 +1,277 @@
+"""The tools on a small trained network: each number against another way of computing it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, REPOSITORY, flags, random_images, run_script, write_folders
+from PIL import Image
+
+import common
+import tools
+from tools import evaluate, export, plot, predict
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return a run of the enhanced network and the folder of its pictures."""
+    root = tmp_path_factory.mktemp("tools")
+    folders = write_folders(root / "pictures", test=30)
+    result = run_script("enhanced", *flags(folders, root / "run", 2), "--cutmix", 0.5, "--photometric", 0.5)
+    assert result.returncode == 0, result.stderr
+    return root / "run", folders
+
+
+def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"tools.{name}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=200)
+
+
+def test_a_checkpoint_of_another_variant_or_without_raw_weights_is_refused(trained, tmp_path):
+    saved = common.load_checkpoint(trained[0] / "checkpoint.pt")
+    common.write_checkpoint(tmp_path / "a.pt", saved | {"variant": "other"})
+    with pytest.raises(common.RunError, match=r"a\.pt: .*its variant is other, known are baseline, enhanced"):
+        tools.load_network(tmp_path / "a.pt")
+    export.write_weights(trained[0] / "checkpoint.pt", tmp_path / "b.pt")
+    with pytest.raises(common.RunError, match=r"b\.pt: .*it holds no raw weights"):
+        tools.load_network(tmp_path / "b.pt", weights="raw")
+    network, _ = tools.load_network(tmp_path / "b.pt")
+    assert not network.training
+    for name, tensor in network.state_dict().items():
+        assert torch.allclose(tensor, saved["averaged"][name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_package_that_is_not_there_is_named_with_the_command_that_brings_it():
+    with pytest.raises(common.RunError, match="pip install nothing_like_it onnx"):
+        tools.optional("onnx", "nothing_like_it.part")
+
+
+# ---- Evaluate ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_repeats_the_accuracies_of_the_run(trained):
+    run, folders = trained
+    summary = json.loads((run / "summary.json").read_text())
+    for weights in ("raw", "averaged"):
+        for flip in ("", "_tta"):
+            options = ["--weights", weights, "--json"] + ["--flip"] * bool(flip)
+            result = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", folders, *options)
+            assert result.returncode == 0, result.stderr
+            found = json.loads(result.stdout)
+            assert found["top1"] == pytest.approx(summary["test_accuracy"][weights + flip])
+            if weights == common.HEADLINE and not flip:
+                assert found["confusion_matrix"] == summary["confusion_matrix"]
+                assert {name: row["recall"] for name, row in found["classes"].items()} == pytest.approx(
+                    summary["per_class_accuracy"]
+                )
+    table = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", folders).stdout
+    assert f"top-1 accuracy     {summary['test_accuracy']['averaged']:6.2f}%" in table
+    assert "top-5" not in table  # of three classes
+    assert all(name in table for name in CLASSES)
+
+
+def test_measures_are_those_of_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = 3 * torch.randn(400, 7, generator=generator), torch.randint(0, 7, (400,), generator=generator)
+    found = evaluate.measure(logits, labels, list("abcdefg"))
+    order = logits.argsort(1, descending=True)
+    assert found["top1"] == 100 * (order[:, 0] == labels).double().mean()
+    assert found["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).double().sum().item() / 400)
+    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    assert found["loss"] == pytest.approx(-probabilities[torch.arange(400), labels].log().mean().item(), rel=1e-5)
+    confidence, predicted = probabilities.max(1)
+    gap = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            right = (predicted == labels)[inside].double().mean()
+            gap += inside.double().mean() * abs(right - confidence[inside].double().mean())
+    assert found["calibration_error"] == pytest.approx(100 * gap.item(), rel=1e-4)
+    for index, name in enumerate("abcdefg"):
+        hits = ((predicted == index) & (labels == index)).sum().item()
+        assert found["classes"][name]["recall"] == pytest.approx(100 * hits / (labels == index).sum().item())
+        assert found["classes"][name]["precision"] == pytest.approx(100 * hits / (predicted == index).sum().item())
+        assert found["confusion_matrix"][index][index] == hits
+    assert np.sum(found["confusion_matrix"]) == 400
+
+
+def test_perfect_and_hopeless_confidence_have_the_calibration_errors_that_they_must():
+    sure = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert evaluate.calibration_error(sure, torch.tensor([0, 1])) == 0
+    assert evaluate.calibration_error(sure, torch.tensor([1, 0])) == 100
+
+
+def test_other_classes_are_refused_by_name(trained, tmp_path):
+    other = write_folders(tmp_path / "other", classes=["cat", "dog", "truck"])
+    result = run_tool("evaluate", trained[0] / "checkpoint.pt", "--data-dir", other)
+    assert result.returncode == 1
+    assert "its classes are cat, dog, truck, the network's are cat, dog, ship" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+# ---- Predict -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_size_and_mode_are_predicted_as_in_training(trained, tmp_path):
+    run, folders = trained
+    pixels = random_images(1, 5)[0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels).resize((320, 320), Image.Resampling.NEAREST).convert("RGBA").save(tmp_path / "b.png")
+    Image.fromarray(pixels).convert("L").save(tmp_path / "c.jpg", quality=100)
+    result = run_tool("predict", run / "checkpoint.pt", tmp_path, folders / "test" / "dog", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(rows) == 3 + 10
+    assert [row["image"] for row in rows[:3]] == [str(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
+    network, saved = tools.load_network(run / "checkpoint.pt")
+    images = np.stack([pixels, *[common.decode([row["image"]], 32, _bar())[0] for row in rows[1:]]])
+    expected = tools.predict(network, saved, torch.from_numpy(images)).softmax(1)
+    found = torch.tensor([[row["probabilities"][name] for name in CLASSES] for row in rows])
+    assert torch.allclose(found, expected, atol=2e-3)
+    assert found.sum(1).tolist() == pytest.approx([1] * 13, abs=1e-4)
+    alone = run_tool("predict", run / "checkpoint.pt", tmp_path / "a.png", "--top", 2).stdout
+    best = sorted(rows[0]["probabilities"].items(), key=lambda item: -item[1])[:2]
+    assert alone == f"{tmp_path / 'a.png'}: " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in best) + "\n"
+
+
+def _bar():
+    return predict.tqdm(disable=True)
+
+
+def test_what_cannot_be_read_is_named_and_the_others_are_predicted(trained, tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    names = [tmp_path / name for name in ("bad.png", "good.png", "missing.png")]
+    result = run_tool("predict", trained[0] / "checkpoint.pt", *names)
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"{tmp_path / 'good.png'}: ") and result.stdout.count("\n") == 1
+    assert [line.split(":")[1].strip() for line in result.stderr.splitlines()] == [str(names[0]), str(names[2])]
+    (tmp_path / "empty").mkdir()
+    nothing = run_tool("predict", trained[0] / "checkpoint.pt", tmp_path / "empty")
+    assert nothing.returncode == 1
+    assert nothing.stderr == f"error: {tmp_path / 'empty'}: no picture in this folder\n"
+
+
+# ---- Export --------------------------------------------------------------------------------------------------------
+
+
+def test_folding_changes_no_logits_and_leaves_only_layers_of_pytorch(trained):
+    network, saved = tools.load_network(trained[0] / "checkpoint.pt")
+    deployed = export.Deployed(network, saved["mean"], saved["std"])
+    kinds = {type(module) for module in deployed.network.modules()}
+    assert not any(issubclass(kind, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d) for kind in kinds)
+    assert {kind for kind in kinds if issubclass(kind, torch.nn.Conv2d)} == {torch.nn.Conv2d}
+    images = torch.rand(4, 3, 32, 32)
+    mean, std = (torch.tensor(saved[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    assert torch.allclose(deployed(images), network((images - mean) / std), atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_what_is_exported_gives_the_logits_of_the_network_for_any_number_of_images(trained, tmp_path, suffix):
+    run, folders = trained
+    file = tmp_path / f"net{suffix}"
+    result = run_tool("export", run / "checkpoint.pt", file, "--data-dir", folders)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    row = next(line for line in result.stdout.splitlines() if line.startswith("float32"))
+    accuracy = float(row.split()[1].rstrip("%"))
+    assert accuracy == pytest.approx(summary["test_accuracy"]["averaged"], abs=100 / 30 + 0.01)  # bf16 or float32
+    assert list(tmp_path.iterdir()) == [file]
+    network, saved = tools.load_network(run / "checkpoint.pt")
+    mean, std = (torch.tensor(saved[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    run_file = export.FORMATS[suffix][1](file)
+    for count in (1, 2, 7):
+        images = torch.rand(count, 3, 32, 32)
+        with torch.no_grad():
+            expected = network((images - mean) / std)
+        assert np.allclose(run_file(images.numpy()), expected.numpy(), atol=1e-3)
+
+
+def test_int8_is_close_to_float_and_a_quarter_of_its_size(trained, tmp_path):
+    run, folders = trained
+    result = run_tool("export", run / "checkpoint.pt", tmp_path / "net.onnx", "--int8", "--data-dir", folders)
+    assert result.returncode == 0, result.stderr
+    small, large = tmp_path / "net.int8.onnx", tmp_path / "net.onnx"
+    assert small.stat().st_size < 0.4 * large.stat().st_size
+    assert re_rows(result.stdout) == ["float32", "int8"]
+    images = np.random.default_rng(0).random((16, 3, 32, 32), dtype=np.float32)
+    expected, found = (export.run_onnx(file)(images) for file in (large, small))
+    assert np.abs(found - expected).max() < 0.25 * np.abs(expected).max()
+
+
+def re_rows(text):
+    return [line.split()[0] for line in text.splitlines()[1:] if "%" in line]
+
+
+def test_an_export_that_differs_is_refused_and_leaves_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "fold", lambda network: network.requires_grad_(False).train())
+    options = export.argparse.Namespace(
+        checkpoint=trained[0] / "checkpoint.pt", file=tmp_path / "net.pt2", int8=False, data_dir=tmp_path / "none"
+    )
+    with pytest.raises(common.RunError, match=r"net\.pt2: its logits differ"):
+        export.export(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_suffixes_and_int8_of_other_formats_are_refused(trained, tmp_path):
+    checkpoint = trained[0] / "checkpoint.pt"
+    result = run_tool("export", checkpoint, tmp_path / "net.tflite")
+    assert result.returncode == 1
+    assert result.stderr == f"error: {tmp_path / 'net.tflite'}: expected a name that ends in .onnx, .pt2 or .pt\n"
+    result = run_tool("export", checkpoint, tmp_path / "net.pt2", "--int8")
+    assert result.stderr == f"error: --int8: {tmp_path / 'net.pt2'} is no .onnx file\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Plot ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_pictures_of_a_run_are_drawn(trained, tmp_path):
+    run, folders = trained
+    result = run_tool("plot", run, "--data-dir", folders, "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = ["curves.png", "confusion.png", "mistakes.png", "samples.png"]
+    assert result.stdout.splitlines() == [str(tmp_path / name) for name in names]
+    for name in names:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # not blank
+
+
+def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path, monkeypatch):
+    run, folders = trained
+    seen = {}
+    monkeypatch.setattr(plot, "draw_grid", lambda images, titles, file, plt: seen.update({file.name: (images, titles)}))
+    monkeypatch.setattr(plot, "draw_confusion", lambda *arguments: None)
+    plot.draw_all(run, tmp_path, folders, None)
+    config = common.Config(data_dir=folders, cutmix=0.5, photometric=0.5, batch_size=32, epochs=2)
+    data = common.load_data(config, torch.device("cpu"))
+    drawn = common.draw_epoch(40, config, 1, torch.device("cpu"))
+    images, shares = common.augment(data, drawn, slice(0, 32), config)
+    assert torch.equal(seen["samples.png"][0], images)
+    for title, row in zip(seen["samples.png"][1], shares, strict=True):
+        assert title.split("\n")[0].split(" ")[0] == data.classes[row.argmax()]
+    mistakes, titles = seen["mistakes.png"]
+    assert len(mistakes) == len(titles) > 0
+    for title in titles:
+        true, _, taken_for = title.partition("\nas ")
+        assert true != taken_for.split(" ")[0]
+
+
+def test_several_runs_are_compared_in_one_picture_and_what_is_no_run_is_named(trained, tmp_path):
+    run, _ = trained
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.csv").write_text((run / "metrics.csv").read_text())
+    result = run_tool("plot", run, tmp_path / "other", "--output-dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'curves.png'}\n"
+    assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 2
+    nothing = run_tool("plot", tmp_path)
+    assert nothing.returncode == 1
+    assert nothing.stderr == f"error: {tmp_path / 'metrics.csv'}: no epochs there; expected the folder of a run\n"

@@ -72,6 +72,10 @@ class RunError(Exception):
     """An expected failure, told to the user in one line."""
 
 
+class CheckpointError(RunError):
+    """A checkpoint that cannot be used, or is of another run; whoever wanted to continue it is told the ways on."""
+
+
 # ---- Configuration -------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +88,9 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 class Config:
     """A run. All but places and actions decides the weights that come out: it is saved, and compared on continuing."""
 
-    recipe: str = setting("default", "long: many epochs and much augmentation, for a GPU", choices=("default", "long"))
+    recipe: str = setting(
+        "default", "long: 300 epochs, more augmentation and larger maps, for a GPU", choices=("default", "long")
+    )
     epochs: int = setting(40, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
     learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
@@ -98,8 +104,8 @@ class Config:
     crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
     cutout: int = setting(8, "side in pixels of a square hidden in training images", 0, 224)
     cutmix: float = setting(0.0, "part of the training images that get a square of another one", 0, 1)
-    photometric: float = setting(0.0, "part of the training images whose colours one operation changes", 0, 1)
-    plain_end: float = setting(0.0, "part of the epochs, at the end, without the last three settings", 0, 1)
+    photometric: float = setting(0.0, "part of the training images that get one operation on their colours", 0, 1)
+    plain_end: float = setting(0.0, "part of the epochs, at the end, without cutout, cutmix and photometric", 0, 1)
     image_size: int = setting(32, "side in pixels to which class-folder images are brought", 16, 512)
     holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "of everything random", 0, 2**32 - 1)
@@ -113,7 +119,7 @@ class Config:
     threads: int = setting(0, "CPU threads, 0 for PyTorch's choice", 0, 1024, place=True)
     synthetic: bool = setting(False, "train on made-up images, to try the installation", place=True)
     fresh: bool = setting(False, "start over, replacing the run that is there", place=True)
-    init_from: Path | None = setting(None, "begin with the weights of this checkpoint", place=True)
+    init_from: Path | None = setting(None, "begin with this checkpoint's averaged weights", place=True)
     evaluate: Path | None = setting(None, "evaluate FILE, or else the run's checkpoint, and stop", place=True)
     summary: bool = setting(False, "print the network's table and stop", place=True)
 
@@ -264,15 +270,20 @@ def settle(config: Config, device: torch.device, images: int, saved: dict[str, A
         raise RunError(
             f"--batch-size {config.batch_size}: {size} processes cannot share it equally, two images or more each"
         )
-    if device.type == "cuda":
-        fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX brings it too
     pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling is won back on some 120,000
-    choices = {"precision": "bf16" if fast_bf16 else "fp32", "compile": "on" if pays_back else "off"} | (saved or {})
+    choices = {"precision": fastest_precision(device), "compile": "on" if pays_back else "off"} | (saved or {})
     if config.compile == "auto" and choices["compile"] == "on" and not saved and not can_compile(device):
         choices["compile"] = "off"
     return replace(config, **{key: choices[key] for key in ("precision", "compile") if getattr(config, key) == "auto"})
+
+
+def fastest_precision(device: torch.device) -> str:
+    """Return bf16 where the device computes with it, else fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX brings it too
+    return "bf16" if fast else "fp32"
 
 
 @functools.cache
@@ -645,16 +656,8 @@ def shift_and_flip(images: Tensor, index: Tensor, drawn: dict[str, Tensor]) -> T
 
 
 OPERATIONS = (
-    "none",
-    "brightness",
-    "contrast",
-    "saturation",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
-)
+    "none", "brightness", "contrast", "saturation", "sharpness", "posterize", "solarize", "autocontrast", "equalize"
+)  # fmt: skip
 
 
 def change_colors(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
@@ -667,9 +670,9 @@ def change_colors(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor
     """
     x = images.permute(0, 3, 1, 2)
     strength = strength[:, None, None, None]
-    factor, zero = 1 + 0.99 * strength, 0.0
-    ends = torch.zeros_like(x), adjust_contrast(x, zero), adjust_saturation(x, zero), adjust_sharpness(x, zero)
-    blends = [torch.lerp(end.float(), x.float(), factor).clamp(0, 255).to(torch.uint8) for end in ends]
+    exact, factor, none = x.float(), 1 + 0.99 * strength, 0.0
+    ends = torch.zeros_like(x), adjust_contrast(x, none), adjust_saturation(x, none), adjust_sharpness(x, none)
+    blends = [torch.lerp(end.float(), exact, factor).clamp(0, 255).to(torch.uint8) for end in ends]
     lost = (6 * strength.abs()).round().to(torch.uint8)  # bits
     posterized = x >> lost << lost
     solarized = torch.where(x >= 255 * (1 - strength.abs()), 255 - x, x)
@@ -1075,7 +1078,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it can fail anywhere in the parsers
-        raise RunError(f"{path}: not a usable checkpoint ({one_line(error)}); {WAYS_ON}") from None
+        raise CheckpointError(f"{path}: not a usable checkpoint ({one_line(error)})") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -1115,7 +1118,17 @@ def check_same_run(path: Path, saved: dict[str, Any], about: dict[str, Any]) -> 
     keys = [key for key in then | now if then.get(key) != now.get(key)]
     if keys:
         changed = "; ".join(f"{key} was {then.get(key)} and is now {now.get(key)}" for key in keys)
-        raise RunError(f"{path} is of another run: {changed}; {WAYS_ON}")
+        raise CheckpointError(f"{path} is of another run: {changed}")
+
+
+def load_initial(config: Config, path: Path) -> dict[str, Any]:
+    """Load the checkpoint to begin with, which is not to be `path`, the run's own."""
+    if config.init_from.resolve() == path.resolve():
+        raise RunError(f"--init-from {config.init_from}: it would be replaced by this run's; copy it elsewhere first")
+    try:
+        return load_checkpoint(config.init_from)
+    except RunError as error:
+        raise RunError(f"--init-from {error}") from None
 
 
 def begin_with(path: Path, initial: dict[str, Any], network: nn.Module, classes: list[str]) -> None:
@@ -1174,11 +1187,11 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
 
     # What is there already, and what can be told of it before the data are there
     path, summary = config.evaluate or config.output_dir / "checkpoint.pt", config.output_dir / "summary.json"
-    initial = load_checkpoint(config.init_from) if config.init_from and not config.evaluate else None
+    initial = load_initial(config, path) if config.init_from and not config.evaluate else None
     saved = load_checkpoint(path) if rank == 0 and os.path.lexists(path) and not config.fresh else None
     saved = from_first(saved)
     if not saved and summary.exists() and not config.fresh and not config.evaluate:
-        raise RunError(f"{summary} is of a finished run whose checkpoint.pt is gone; {WAYS_ON}")
+        raise CheckpointError(f"{summary} is of a finished run whose checkpoint.pt is gone")
     if config.evaluate:
         if saved is None:
             raise RunError(f"--evaluate: there is no {path}, or --fresh would have it replaced")
@@ -1186,10 +1199,13 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         with reading(path):
             then = {key: value for key, value in saved["recipe"].items() if key in config.decisive()}
             config = replace(config, **{key: type(getattr(config, key))(value) for key, value in then.items()})
+        if fastest_precision(device) == "fp32":  # where bf16 would be emulated
+            config = replace(config, precision="fp32")
     about = {"variant": name, "network": plain(arguments)}
     if saved:
         known = {key: value for key, value in config.decisive().items() if value != "auto" and key != "batch_size"}
-        check_same_run(path, saved, saved | about | {"recipe": saved["recipe"] | known})
+        recipe = saved["recipe"] | (known if not config.evaluate else {})
+        check_same_run(path, saved, saved | about | {"recipe": recipe})
 
     # Data and network
     data = load_data(config, device)
@@ -1324,7 +1340,8 @@ def failures_in_one_line(config: Config) -> Iterator[None]:
     try:
         yield
     except (RunError, OSError) as error:
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {printable(error)}")  # as in `| head`
+        ways_on = f"; {WAYS_ON}" if isinstance(error, CheckpointError) and not config.evaluate else ""
+        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {printable(error)}{ways_on}")  # as in `| head`
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't alloc", str(error))):
             raise

@@ -332,8 +332,9 @@ STRIDES = {2: (1, 1, 2, 1, 2), 3: (1, 1, 2, 2, 2), 4: (1, 2, 2, 2, 2), 5: (2, 2,
 def arguments(config: common.Config) -> dict[str, Any]:
     """Return what the script builds its network with.
 
-    The strides follow the image size: they leave a last map of 4 to 7 pixels a side, from 128 pixels on the paper's
-    of 1/32. With --recipe long it has twice the side, which costs 2.7 times the multiply-accumulates at 32 pixels.
+    The strides follow the image size: they leave a last map of 4 to 8 pixels a side, from 128 pixels on the paper's
+    1/32. With --recipe long its side is twice as long, up to the paper's strides from 256 pixels on, which costs 2.7
+    times the multiply-accumulates at 32 pixels.
     """
     side = 8 if config.recipe == "long" else 4
     halvings = (config.image_size // side).bit_length() - 1

@@ -51,7 +51,7 @@ def build(num_classes: int, *, silu: bool, **arguments: Any) -> nn.Module:
 def train(name: str) -> None:
     """Train one network in this process, as the scripts do, by the flags of the command line."""
     ideas = dict(zip(("squeeze_excitation", "stochastic_depth", "silu"), IDEAS[name], strict=True))
-    common.main(name, build, lambda config: arguments(config) | ideas)
+    common.main(f"ablation-{name}", build, lambda config: arguments(config) | ideas)
 
 
 def measure(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, Any]:
@@ -105,6 +105,8 @@ def main() -> None:
 
     config = common.parse_command_line("ablation")
     with common.failures_in_one_line(config):
+        if config.init_from:
+            raise common.RunError("--init-from: the networks begin at random here")
         data = common.load_data(config, torch.device("cpu")).fingerprint
         settings = {key: value for key, value in config.decisive().items() if key != "seed"}
         same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}

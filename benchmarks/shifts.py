@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir)
-    parser.add_argument("--pixels", type=int, default=2)
+    parser.add_argument("--pixels", type=int, default=2, choices=range(1, 16), metavar="N")
     options = parser.parse_args()
     with failures_in_one_line():
         device = common.pick_device("auto", 0)

@@ -147,7 +147,12 @@ def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp
     assert again.returncode == 1
     assert "weights alone" in again.stderr
     wrong = run_script("enhanced", "--evaluate", file, "--data-dir", folders)
-    assert "variant was baseline and is now enhanced" in wrong.stderr
+    assert wrong.stderr.endswith("variant was baseline and is now enhanced\n")  # with no advice on continuing
+    saved = common.load_checkpoint(file)  # as an older program may have saved it
+    older = {key: value for key, value in saved["recipe"].items() if key not in ("cutmix", "plain_end")}
+    common.write_checkpoint(tmp_path / "older.pt", saved | {"recipe": older})
+    evaluated = run_script("baseline", "--evaluate", tmp_path / "older.pt", "--data-dir", folders)
+    assert evaluated.returncode == 0, evaluated.stderr
     missing = run_script("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
     assert missing.returncode == 1
     assert "none.pt" in missing.stderr and missing.stderr.count("\n") == 1
@@ -188,7 +193,11 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
     assert wrong.stderr.startswith(f"error: --init-from {checkpoint}: the weights of another network")
     missing = run_script("baseline", *flags(folders, tmp_path / "other", 1), "--init-from", tmp_path / "none.pt")
     assert missing.returncode == 1
-    assert missing.stderr == f"error: {tmp_path / 'none.pt'}: not a file\n"
+    assert missing.stderr == f"error: --init-from {tmp_path / 'none.pt'}: not a file\n"
+    own = run_script("baseline", *flags(folders, tmp_path / "run", 1), "--fresh", "--init-from", checkpoint)
+    assert own.returncode == 1
+    assert "it would be replaced" in own.stderr
+    assert checkpoint.exists()
     assert wrong.stderr.count("\n") == 1
 
 

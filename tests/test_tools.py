@@ -1,8 +1,10 @@
 """The tools on a small trained network: each number against another way of computing it."""
 
+import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 from conftest import CLASSES, REPOSITORY, flags, random_images, run_script, write_folders
 from PIL import Image
+from tqdm import tqdm
 
 import common
 import tools
-from tools import evaluate, export, plot, predict
+from tools import evaluate, export, plot
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,9 @@ def trained(tmp_path_factory):
     """Return a run of the enhanced network and the folder of its pictures."""
     root = tmp_path_factory.mktemp("tools")
     folders = write_folders(root / "pictures", test=30)
-    result = run_script("enhanced", *flags(folders, root / "run", 2), "--cutmix", 0.5, "--photometric", 0.5)
+    result = run_script(
+        "enhanced", *flags(folders, root / "run", 2), "--cutmix", 0.5, "--photometric", 0.5, "--batch-size", 36
+    )
     assert result.returncode == 0, result.stderr
     return root / "run", folders
 
@@ -81,7 +86,7 @@ def test_measures_are_those_of_their_definitions():
     logits, labels = 3 * torch.randn(400, 7, generator=generator), torch.randint(0, 7, (400,), generator=generator)
     found = evaluate.measure(logits, labels, list("abcdefg"))
     order = logits.argsort(1, descending=True)
-    assert found["top1"] == 100 * (order[:, 0] == labels).double().mean()
+    assert found["top1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())
     assert found["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).double().sum().item() / 400)
     probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
     assert found["loss"] == pytest.approx(-probabilities[torch.arange(400), labels].log().mean().item(), rel=1e-5)
@@ -130,18 +135,18 @@ def test_pictures_of_any_size_and_mode_are_predicted_as_in_training(trained, tmp
     assert len(rows) == 3 + 10
     assert [row["image"] for row in rows[:3]] == [str(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
     network, saved = tools.load_network(run / "checkpoint.pt")
-    images = np.stack([pixels, *[common.decode([row["image"]], 32, _bar())[0] for row in rows[1:]]])
-    expected = tools.predict(network, saved, torch.from_numpy(images)).softmax(1)
+    images = np.concatenate([common.decode([row["image"]], 32, tqdm(disable=True)) for row in rows])
+    assert (images[0] == pixels).all() and (images[1] == pixels).all()
+    expected = tools.logits_of(torch.from_numpy(images), network, saved).softmax(1)
     found = torch.tensor([[row["probabilities"][name] for name in CLASSES] for row in rows])
     assert torch.allclose(found, expected, atol=2e-3)
     assert found.sum(1).tolist() == pytest.approx([1] * 13, abs=1e-4)
     alone = run_tool("predict", run / "checkpoint.pt", tmp_path / "a.png", "--top", 2).stdout
+    assert alone.startswith(f"{tmp_path / 'a.png'}: ") and alone.count("\n") == 1
+    told = re.findall(r"(\w+) (\d+\.\d)%", alone)
     best = sorted(rows[0]["probabilities"].items(), key=lambda item: -item[1])[:2]
-    assert alone == f"{tmp_path / 'a.png'}: " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in best) + "\n"
-
-
-def _bar():
-    return predict.tqdm(disable=True)
+    assert [name for name, _ in told] == [name for name, _ in best]
+    assert [float(value) for _, value in told] == pytest.approx([100 * value for _, value in best], abs=0.3)
 
 
 def test_what_cannot_be_read_is_named_and_the_others_are_predicted(trained, tmp_path):
@@ -199,21 +204,22 @@ def test_int8_is_close_to_float_and_a_quarter_of_its_size(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     small, large = tmp_path / "net.int8.onnx", tmp_path / "net.onnx"
     assert small.stat().st_size < 0.4 * large.stat().st_size
-    assert re_rows(result.stdout) == ["float32", "int8"]
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["float32", "int8"]
+    assert all(row[1].endswith("%") for row in rows)
     images = np.random.default_rng(0).random((16, 3, 32, 32), dtype=np.float32)
     expected, found = (export.run_onnx(file)(images) for file in (large, small))
     assert np.abs(found - expected).max() < 0.25 * np.abs(expected).max()
 
 
-def re_rows(text):
-    return [line.split()[0] for line in text.splitlines()[1:] if "%" in line]
-
-
 def test_an_export_that_differs_is_refused_and_leaves_nothing(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "fold", lambda network: network.requires_grad_(False).train())
-    options = export.argparse.Namespace(
-        checkpoint=trained[0] / "checkpoint.pt", file=tmp_path / "net.pt2", int8=False, data_dir=tmp_path / "none"
-    )
+    def wrong(network):
+        network.classifier.bias.data.add_(1)
+        return network.requires_grad_(False)
+
+    monkeypatch.setattr(export, "fold", wrong)
+    checkpoint = trained[0] / "checkpoint.pt"
+    options = argparse.Namespace(checkpoint=checkpoint, file=tmp_path / "net.pt2", int8=False, data_dir=None)
     with pytest.raises(common.RunError, match=r"net\.pt2: its logits differ"):
         export.export(options)
     assert list(tmp_path.iterdir()) == []
@@ -224,17 +230,22 @@ def test_other_suffixes_and_int8_of_other_formats_are_refused(trained, tmp_path)
     result = run_tool("export", checkpoint, tmp_path / "net.tflite")
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path / 'net.tflite'}: expected a name that ends in .onnx, .pt2 or .pt\n"
-    result = run_tool("export", checkpoint, tmp_path / "net.pt2", "--int8")
-    assert result.stderr == f"error: --int8: {tmp_path / 'net.pt2'} is no .onnx file\n"
+    for file in ("net.pt2", "net.onnx"):  # of another format, and without images
+        result = run_tool("export", checkpoint, tmp_path / file, "--int8")
+        assert result.stderr == "error: --int8: only for .onnx, with training images from --data-dir\n"
     assert list(tmp_path.iterdir()) == []
+    before = checkpoint.read_bytes()
+    result = run_tool("export", checkpoint, checkpoint)
+    assert result.stderr == f"error: {checkpoint}: this would replace the checkpoint\n"
+    assert checkpoint.read_bytes() == before
 
 
 # ---- Plot ----------------------------------------------------------------------------------------------------------
 
 
 def test_all_pictures_of_a_run_are_drawn(trained, tmp_path):
-    run, folders = trained
-    result = run_tool("plot", run, "--data-dir", folders, "--output-dir", tmp_path)
+    run, _ = trained
+    result = run_tool("plot", run, "--output-dir", tmp_path)
     assert result.returncode == 0, result.stderr
     names = ["curves.png", "confusion.png", "mistakes.png", "samples.png"]
     assert result.stdout.splitlines() == [str(tmp_path / name) for name in names]
@@ -242,6 +253,10 @@ def test_all_pictures_of_a_run_are_drawn(trained, tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # not blank
+    other = write_folders(tmp_path / "other")
+    refused = run_tool("plot", run, "--data-dir", other, "--output-dir", tmp_path)
+    assert refused.returncode == 1
+    assert f"{other}: not the images that {run} was trained on" in refused.stderr
 
 
 def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path, monkeypatch):
@@ -249,11 +264,11 @@ def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path
     seen = {}
     monkeypatch.setattr(plot, "draw_grid", lambda images, titles, file, plt: seen.update({file.name: (images, titles)}))
     monkeypatch.setattr(plot, "draw_confusion", lambda *arguments: None)
-    plot.draw_all(run, tmp_path, folders, None)
-    config = common.Config(data_dir=folders, cutmix=0.5, photometric=0.5, batch_size=32, epochs=2)
+    assert len(list(plot.draw_all(run, tmp_path, folders, None))) == 3
+    config = common.Config(data_dir=folders, cutmix=0.5, photometric=0.5, batch_size=36, epochs=2)
     data = common.load_data(config, torch.device("cpu"))
     drawn = common.draw_epoch(40, config, 1, torch.device("cpu"))
-    images, shares = common.augment(data, drawn, slice(0, 32), config)
+    images, shares = (part[:32] for part in common.augment(data, drawn, slice(0, 36), config))
     assert torch.equal(seen["samples.png"][0], images)
     for title, row in zip(seen["samples.png"][1], shares, strict=True):
         assert title.split("\n")[0].split(" ")[0] == data.classes[row.argmax()]

@@ -1,7 +1,11 @@
-"""What people do after training, one module per job: `python -m tools.NAME` from the repository's root."""
+"""What people do after training, one module per job: `python -m tools.NAME` from the repository's root.
+
+Here is what they share.
+"""
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,11 +25,15 @@ BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 
 @contextlib.contextmanager
 def failures_in_one_line() -> Iterator[None]:
-    """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C; never with a traceback."""
+    """End the program with one line and status 1 on an expected failure, 130 on Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # names may have unshowable letters
     try:
         yield
+    except BrokenPipeError:  # as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (common.RunError, OSError) as error:
-        sys.exit(1 if isinstance(error, BrokenPipeError) else f"error: {common.printable(error)}")
+        sys.exit(f"error: {common.printable(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -52,12 +60,16 @@ def load_network(checkpoint: Path, *, weights: str = common.HEADLINE) -> tuple[n
             raise ValueError(f"it holds no {weights} weights")
         network = BUILDERS[saved["variant"]](len(saved["classes"]), **saved["network"])
         network.load_state_dict(values)
+        if len(saved["mean"]) != 3 or len(saved["std"]) != 3:
+            raise ValueError("its mean and std are not of three channels")
+        settings(saved, torch.device("cpu"))
     return network.eval(), saved
 
 
 def settings(saved: dict[str, Any], device: torch.device, **others: Any) -> common.Config:
-    """Return the configuration to predict with as the run of a checkpoint did; MPS knows no bfloat16."""
-    precision = "fp32" if device.type == "mps" else saved["recipe"]["precision"]
+    """Return the configuration to predict with as the run of a checkpoint did, where the device has its precision."""
+    here = common.fastest_precision(device)
+    precision = here if here == "fp32" else saved["recipe"]["precision"]
     return common.Config(image_size=saved["image_size"], precision=precision, **others)
 
 
@@ -76,7 +88,7 @@ def load_data(saved: dict[str, Any], data_dir: Path, device: torch.device) -> tu
     return replace(data, mean=saved["mean"], std=saved["std"]), config
 
 
-def predict(network: nn.Module, saved: dict[str, Any], images: Tensor) -> Tensor:
+def logits_of(images: Tensor, network: nn.Module, saved: dict[str, Any]) -> Tensor:
     """Return the logits of any images, uint8 (N, H, W, 3), as float32 (N, classes) on the CPU."""
     labels = torch.zeros(0, dtype=torch.int64)
     data = common.Data("", saved["classes"], images, labels, images, labels, saved["mean"], saved["std"], "")

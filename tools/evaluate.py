@@ -84,7 +84,7 @@ def main() -> None:
         "--data-dir",
         type=Path,
         default=common.Config.data_dir,
-        help="CIFAR-10, or class folders in test/ (default: %(default)s)",
+        help="CIFAR-10, or train/ and test/ with a folder for each class (default: %(default)s)",
     )
     parser.add_argument(
         "--weights", choices=("averaged", "raw"), default=common.HEADLINE, help="(default: %(default)s)"

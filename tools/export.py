@@ -1,17 +1,19 @@
 """Ship a trained network, in the form that the suffix of FILE tells.
 
-    python -m tools.export runs/baseline/checkpoint.pt baseline.onnx --int8     # also writes baseline.int8.onnx
-    python -m tools.export runs/baseline/checkpoint.pt baseline.pt2             # torch.export
-    python -m tools.export runs/baseline/checkpoint.pt baseline.pt              # weights alone, in half precision
+    python -m tools.export runs/baseline/checkpoint.pt baseline.onnx --int8 --data-dir data    # also baseline.int8.onnx
+    python -m tools.export runs/baseline/checkpoint.pt baseline.pt2    # torch.export
+    python -m tools.export runs/baseline/checkpoint.pt baseline.pt     # weights alone, in half precision
 
 The first two take plain RGB images in 0..1, float32 (N, 3, H, W) of the training's size, to logits (N, classes): the
 normalisation is inside, BN is folded into the convolutions. What was written is compared with the network before it is
-kept. Then come accuracy on the test images, size, and latency of a single image on this CPU. ONNX needs
-`pip install onnx onnxscript onnxruntime`. Weights alone are for --evaluate and for these tools.
+kept. Then come size, latency of a single image on this CPU, and with --data-dir the accuracy on the test images, which
+tells what --int8 costs. ONNX needs `pip install onnx onnxscript onnxruntime`. Weights alone are for --evaluate, for
+--init-from and for these tools.
 """
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import time
@@ -119,9 +121,11 @@ def run_onnx(file: Path) -> Run:
 
 
 def write_pt2(deployed: Deployed, images: Tensor, file: Path, saved: dict[str, Any]) -> None:
-    """Write a torch.export program with any number of images."""
+    """Write a torch.export program with any number of images, and classes and image size as an extra file."""
     shapes = {"images": {0: torch.export.Dim("batch")}}
-    torch.export.save(torch.export.export(deployed, (images,), dynamic_shapes=shapes), file)
+    about = json.dumps({key: saved[key] for key in ("classes", "image_size")})
+    program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+    torch.export.save(program, file, extra_files={"about.json": about})
 
 
 def run_pt2(file: Path) -> Run:
@@ -198,24 +202,27 @@ FORMATS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
 def export(options: argparse.Namespace) -> None:
     """Write, compare, keep, and tell."""
     file, device = options.file, common.pick_device("cpu", 0)
-    if options.int8 and file.suffix != ".onnx":
-        raise common.RunError(f"--int8: {file} is no .onnx file")
+    if options.int8 and (file.suffix != ".onnx" or not options.data_dir):
+        raise common.RunError("--int8: only for .onnx, with training images from --data-dir")
+    if file.resolve() == options.checkpoint.resolve():
+        raise common.RunError(f"{file}: this would replace the checkpoint")
+    file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".pt":
         write_weights(options.checkpoint, file)
         print(f"{file}: {file.stat().st_size:,} bytes")
         return
     write, run_file = FORMATS[file.suffix]
     network, saved = load_network(options.checkpoint)
-    wanted = options.int8 or options.data_dir.exists()
-    data = load_data(saved, options.data_dir, device)[0] if wanted else None
+    data = load_data(saved, options.data_dir, device)[0] if options.data_dir else None
     temporary = file.with_name(f"{file.stem}.tmp{file.suffix}")
     deployed = Deployed(network, saved["mean"], saved["std"]).eval()
     try:
         write(deployed, torch.rand(2, 3, saved["image_size"], saved["image_size"]), temporary, saved)
-        check(run_file(temporary), network, saved, file)
+        run = run_file(temporary)
+        check(run, network, saved, file)
         os.replace(temporary, file)
         print(f"{'':<8}{'accuracy':>9}{'size':>12}{'one image':>12}")
-        print(describe("float32", run_file(file), file, saved["image_size"], data))
+        print(describe("float32", run, file, saved["image_size"], data))
         if options.int8:
             chosen = torch.randperm(len(data.train_images), generator=common.random_generator(0, 0))[:1024]
             small = file.with_name(f"{file.stem}.int8.onnx")
@@ -231,9 +238,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="of a run, or of this program's weights alone")
     parser.add_argument("file", type=Path, help="what is written, ending in .onnx, .pt2 or .pt")
     parser.add_argument("--int8", action="store_true", help="also quantise, with ranges from 1,024 training images")
-    parser.add_argument(
-        "--data-dir", type=Path, default=common.Config.data_dir, help="for accuracy and --int8 (default: %(default)s)"
-    )
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="for the accuracy, and for --int8")
     options = parser.parse_args()
     with failures_in_one_line():
         if options.file.suffix not in (".pt", *FORMATS):

@@ -10,6 +10,7 @@ confident errors. samples.png: training images as the network sees them, augment
 import argparse
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 import common
-from tools import failures_in_one_line, load_network, optional, predict
+from tools import failures_in_one_line, load_network, logits_of, optional
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 LINES = ("-", "--", "-.", ":")
@@ -109,10 +110,9 @@ def draw_mistakes(logits: torch.Tensor, data: common.Data, file: Path, plt: Any)
 
 
 def draw_samples(data: common.Data, config: common.Config, file: Path, plt: Any) -> None:
-    """Draw 32 images of the first epoch as they were trained on, with their labels or, when mixed, their shares."""
-    count, device = min(32, len(data.train_images)), data.train_images.device
-    drawn = common.draw_epoch(len(data.train_images), config, 1, device)
-    images, labels = common.augment(data, drawn, slice(count), config)
+    """Draw 32 images of the first batch as they were trained on, with their labels or, when mixed, their shares."""
+    drawn = common.draw_epoch(len(data.train_images), config, 1, data.train_images.device)
+    images, labels = (part[:32] for part in common.augment(data, drawn, slice(config.batch_size), config))
     shares = labels if labels.ndim == 2 else torch.nn.functional.one_hot(labels, len(data.classes)).float()
     titles = []
     for row in shares.cpu():
@@ -122,27 +122,37 @@ def draw_samples(data: common.Data, config: common.Config, file: Path, plt: Any)
     draw_grid(images, titles, file, plt)
 
 
-def draw_all(run: Path, folder: Path, data_dir: Path, plt: Any) -> list[Path]:
-    """Draw confusion.png, mistakes.png and samples.png of one run and return their paths."""
-    summary, device = run / "summary.json", common.pick_device("cpu", 0)
-    if not summary.exists():
-        raise common.RunError(f"{summary}: not there; the run has not finished")
+def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterator[Path]:
+    """Draw confusion.png, mistakes.png and samples.png of one run, and yield the path of each.
+
+    Raises:
+        RunError: if the run has not finished, or the data are not those that it was trained on.
+    """
+    if not (run / "summary.json").exists():
+        raise common.RunError(
+            f"{run / 'summary.json'}: not there; the other pictures are drawn when a run has finished"
+        )
+    summary = json.loads((run / "summary.json").read_text())
+    draw_confusion(summary, folder / "confusion.png", plt)
+    yield folder / "confusion.png"
     network, saved = load_network(run / "checkpoint.pt")
     known = {item.name for item in fields(common.Config)}
     recipe = {key: value for key, value in saved["recipe"].items() if key in known}
-    config = common.Config(**recipe | {"data_dir": data_dir})
-    data = common.load_data(config, device)
-    files = [folder / name for name in ("confusion.png", "mistakes.png", "samples.png")]
-    draw_confusion(json.loads(summary.read_text()), files[0], plt)
-    draw_mistakes(predict(network, saved, data.test_images), data, files[1], plt)
-    draw_samples(data, config, files[2], plt)
-    return files
+    places = dict(data_dir=data_dir or Path(summary["configuration"]["data_dir"]))
+    config = common.Config(**recipe, **places, synthetic=summary["configuration"]["synthetic"])
+    data = common.load_data(config, common.pick_device("cpu", 0))
+    if data.fingerprint != saved["data"]:
+        raise common.RunError(f"{config.data_dir}: not the images that {run} was trained on; --data-dir names another")
+    draw_mistakes(logits_of(data.test_images, network, saved), data, folder / "mistakes.png", plt)
+    yield folder / "mistakes.png"
+    draw_samples(data, config, folder / "samples.png", plt)
+    yield folder / "samples.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, as runs/baseline")
-    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir, help="(default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="(default: where the run had its images from)")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where the pictures go (default: the first RUN)")
     options = parser.parse_args()
     with failures_in_one_line():
@@ -154,10 +164,10 @@ def main() -> None:
             read_metrics(run)
         folder.mkdir(parents=True, exist_ok=True)
         draw_curves(options.runs, curves, matplotlib.pyplot)
-        files = [curves]
+        print(curves)
         if len(options.runs) == 1:
-            files += draw_all(options.runs[0], folder, options.data_dir, matplotlib.pyplot)
-        print(*files, sep="\n")
+            for file in draw_all(options.runs[0], folder, options.data_dir, matplotlib.pyplot):
+                print(file)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 import common
-from tools import failures_in_one_line, load_network, predict
+from tools import failures_in_one_line, load_network, logits_of
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif"}  # looked for in folders
 
@@ -63,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
-    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes to tell (default: %(default)s)")
+    parser.add_argument(
+        "--top", type=common.reader(int, 1, 1e6), default=3, metavar="N", help="classes to tell (default: %(default)s)"
+    )
     parser.add_argument(
         "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: %(default)s)"
     )
@@ -76,7 +78,9 @@ def main() -> None:
         paths, told = find_pictures(options.images), 0
         for start in range(0, len(paths), 250):
             readable, images = decode(paths[start : start + 250], saved["image_size"])
-            probabilities = predict(network, saved, torch.from_numpy(images).to(device)).softmax(1)
+            if not readable:
+                continue
+            probabilities = logits_of(torch.from_numpy(images).to(device), network, saved).softmax(1)
             for path, row in zip(readable, probabilities.tolist(), strict=True):
                 print(report(path, dict(zip(saved["classes"], row, strict=True)), options))
             told += len(readable)

@@ -63,7 +63,7 @@ def draw_confusion(summary: dict[str, Any], file: Path, plt: Any) -> None:
     errors = shares.clone().fill_diagonal_(0)
     side = 2.5 + 0.6 * len(classes)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    picture = axis.imshow(errors, cmap="Blues", vmax=max(1, 1.4 * errors.max().item()))
+    picture = axis.imshow(errors.numpy(), cmap="Blues", vmax=max(1, 1.4 * errors.max().item()))
     for row in range(len(classes)):
         for column in range(len(classes)):
             if shares[row, column] > 0:

@@ -135,7 +135,7 @@ class Config:
         return {item.name: getattr(self, item.name) for item in fields(self) if "place" not in item.metadata}
 
 
-LONG = dict(epochs=300, cutmix=0.5, photometric=1.0, plain_end=0.1)  # what other flags may change again
+LONG = dict(epochs=300, cutmix=0.5, photometric=1.0, plain_end=0.1)  # of --recipe long; other flags change it
 
 
 def reader(kind: type, low: float | None, high: float | None) -> Callable[[str], Any]:
@@ -595,7 +595,7 @@ def random_generator(seed: int, epoch: int) -> torch.Generator:
 
 
 def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> dict[str, Tensor]:
-    """Draw the order of an epoch's images and, for each, its shift, its reflection, its square and its colours.
+    """Draw the order of an epoch's images and, in this order, the shift, reflection, square and colours of each.
 
     Which images are reflected alternates from epoch to epoch (Jordan, arXiv 2404.00498), so that any two epochs in
     succession show each image both ways. The square of an image is a piece of another one, whose area is uniform
@@ -614,9 +614,9 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
     operation = torch.where(colored < config.photometric, operation, OPERATIONS.index("none"))
     if epoch > config.epochs * (1 - config.plain_end):
         side, operation = torch.zeros_like(side), torch.full_like(operation, OPERATIONS.index("none"))
-    drawn = dict(order=order, shift=shift, flip=flip, centre=centre, side=side, mixed=mixed)
+    drawn = dict(shift=shift, flip=flip, centre=centre, side=side, mixed=mixed)
     drawn |= dict(operation=operation, strength=2 * strength - 1)
-    return {name: tensor.to(device) for name, tensor in drawn.items()}
+    return {"order": order.to(device)} | {name: tensor[order].to(device) for name, tensor in drawn.items()}
 
 
 def augment(data: Data, drawn: dict[str, Tensor], batch: slice, config: Config) -> tuple[Tensor, Tensor]:
@@ -625,34 +625,33 @@ def augment(data: Data, drawn: dict[str, Tensor], batch: slice, config: Config) 
     Returns:
         Images, (N, H, W, 3) uint8, and labels, (N,) int64, or with CutMix their shares (N, classes) float32.
     """
-    index = drawn["order"][batch]
-    own = {name: tensor[index] for name, tensor in drawn.items()}
-    images, labels = shift_and_flip(data.train_images, index, own), data.train_labels[index]
+    drawn = {name: tensor[batch] for name, tensor in drawn.items()}
+    images, labels = shift_and_flip(data.train_images, drawn), data.train_labels[drawn["order"]]
     if config.photometric:
-        images = change_colors(images, own["operation"], own["strength"])
+        images = change_colors(images, drawn["operation"], drawn["strength"])
     if not config.cutout and not config.cutmix:
         return images, labels
     pixels = torch.arange(images.shape[1], device=images.device)
-    place = pixels - own["centre"][:, :, None] + own["side"][:, None, None] // 2  # in the square, (N, 2, size)
-    inside = (place >= 0) & (place < own["side"][:, None, None])
+    place = pixels - drawn["centre"][:, :, None] + drawn["side"][:, None, None] // 2  # in the square, (N, 2, size)
+    inside = (place >= 0) & (place < drawn["side"][:, None, None])
     square = inside[:, 0, :, None] & inside[:, 1, None, :]  # (N, H, W)
     if not config.cutmix:
         return images.masked_fill(square[..., None], 128), labels
-    mixed = own["mixed"][:, None, None, None]
+    mixed = drawn["mixed"][:, None, None, None]
     images = torch.where(square[..., None], torch.where(mixed, images.roll(1, 0), 128), images)
     shares = F.one_hot(labels, len(data.classes)).float()
-    other = (square.float().mean((1, 2)) * own["mixed"])[:, None]
+    other = (square.float().mean((1, 2)) * drawn["mixed"])[:, None]
     return images, shares.lerp(shares.roll(1, 0), other)
 
 
-def shift_and_flip(images: Tensor, index: Tensor, drawn: dict[str, Tensor]) -> Tensor:
-    """Gather images (all, H, W, 3), each shifted, reflecting at the borders, and then reflected, as drawn for it."""
+def shift_and_flip(images: Tensor, drawn: dict[str, Tensor]) -> Tensor:
+    """Gather of images (all, H, W, 3) those drawn, each shifted, reflecting at the borders, and then reflected."""
     size = images.shape[1]
     pixels = torch.arange(size, device=images.device)
     rows, columns = ((pixels + drawn["shift"][:, axis, None]).abs() for axis in (0, 1))  # (N, size)
     rows, columns = (size - 1 - (size - 1 - place).abs() for place in (rows, columns))
     columns = torch.where(drawn["flip"][:, None], columns.flip(1), columns)
-    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return images[drawn["order"][:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 OPERATIONS = (

@@ -329,7 +329,7 @@ def initialize(network: nn.Module) -> None:
 STRIDES = {2: (1, 1, 2, 1, 2), 3: (1, 1, 2, 2, 2), 4: (1, 2, 2, 2, 2), 5: (2, 2, 2, 2, 2)}  # by number of halvings
 
 
-def arguments(config: common.Config) -> dict[str, Any]:
+def network_arguments(config: common.Config) -> dict[str, Any]:
     """Return what the script builds its network with.
 
     The strides follow the image size: they leave a last map of 4 to 8 pixels a side, from 128 pixels on the paper's
@@ -342,4 +342,4 @@ def arguments(config: common.Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    common.main("baseline", MobileNetV4, arguments)
+    common.main("baseline", MobileNetV4, network_arguments)

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 import common
-from mobilenetv4_baseline import BLOCKS, Activation, MobileNetV4, UniversalInvertedBottleneck, arguments, make_divisible
+from mobilenetv4_baseline import (
+    BLOCKS,
+    Activation,
+    MobileNetV4,
+    UniversalInvertedBottleneck,
+    make_divisible,
+    network_arguments,
+)
 
 REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
 
@@ -98,4 +105,4 @@ def enhanced_mobilenetv4(
 
 if __name__ == "__main__":
     ideas = dict(squeeze_excitation=True, stochastic_depth=0.1)
-    common.main("enhanced", enhanced_mobilenetv4, lambda config: arguments(config) | ideas)
+    common.main("enhanced", enhanced_mobilenetv4, lambda config: network_arguments(config) | ideas)

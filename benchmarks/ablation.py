@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import common
-from mobilenetv4_baseline import arguments
+from mobilenetv4_baseline import network_arguments
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
 IDEAS = {
@@ -51,7 +51,7 @@ def build(num_classes: int, *, silu: bool, **arguments: Any) -> nn.Module:
 def train(name: str) -> None:
     """Train one network in this process, as the scripts do, by the flags of the command line."""
     ideas = dict(zip(("squeeze_excitation", "stochastic_depth", "silu"), IDEAS[name], strict=True))
-    common.main(f"ablation-{name}", build, lambda config: arguments(config) | ideas)
+    common.main(f"ablation-{name}", build, lambda config: network_arguments(config) | ideas)
 
 
 def measure(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, Any]:
@@ -94,7 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each network, with seeds from 0")
+    parser.add_argument(
+        "--seeds", type=common.reader(int, 1, 1e6), default=3, help="runs of each network, with seeds from 0"
+    )
     parser.add_argument("--table", type=Path, default=Path("results/ablation.csv"))
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where the runs are kept")
     parser.add_argument("--train", choices=IDEAS, help=argparse.SUPPRESS)

@@ -19,10 +19,13 @@ from tools import failures_in_one_line, load_data, load_network
 
 def shift(images: Tensor, down: int, right: int) -> Tensor:
     """Move the content of images (N, H, W, 3) by so many pixels, reflecting at the borders."""
-    count = len(images)
-    drawn = {"shift": torch.tensor([[-down, -right]]).expand(count, 2), "flip": torch.zeros(count, dtype=torch.bool)}
-    drawn = {name: tensor.to(images.device) for name, tensor in drawn.items()}
-    return common.shift_and_flip(images, torch.arange(count, device=images.device), drawn)
+    count, device = len(images), images.device
+    drawn = {
+        "order": torch.arange(count, device=device),
+        "shift": torch.tensor([[-down, -right]], device=device).expand(count, 2),
+        "flip": torch.zeros(count, dtype=torch.bool, device=device),
+    }
+    return common.shift_and_flip(images, drawn)
 
 
 def main() -> None:

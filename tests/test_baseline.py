@@ -18,9 +18,9 @@ from mobilenetv4_baseline import (
     DepthwiseConv2d,
     MobileNetV4,
     UniversalInvertedBottleneck,
-    arguments,
     depthwise,
     make_divisible,
+    network_arguments,
 )
 
 PAPER = (2, 2, 2, 2, 2)
@@ -441,7 +441,7 @@ def test_compiled_bn_does_not_lose_a_small_variance_beside_a_large_mean(compiled
 @pytest.mark.parametrize(("recipe", "least"), [("default", 4), ("long", 8)])
 @pytest.mark.parametrize("size", [32, 47, 63, 64, 96, 127])
 def test_the_strides_leave_a_last_map_of_about_the_same_size_whatever_the_images(recipe, least, size):
-    network = MobileNetV4(**arguments(common.Config(recipe=recipe, image_size=size)) | {"width": 0.25}).eval()
+    network = MobileNetV4(**network_arguments(common.Config(recipe=recipe, image_size=size)) | {"width": 0.25}).eval()
     maps = []
     network.head.register_forward_hook(lambda *parts: maps.append(parts[2].shape[-2:]))
     network(torch.zeros(1, 3, size, size))
@@ -449,6 +449,6 @@ def test_the_strides_leave_a_last_map_of_about_the_same_size_whatever_the_images
 
 
 def test_the_strides_are_the_documented_ones_at_the_sizes_of_cifar_and_of_the_paper():
-    assert arguments(common.Config())["strides"] == (1, 1, 2, 2, 2)
-    assert arguments(common.Config(recipe="long"))["strides"] == (1, 1, 2, 1, 2)
-    assert arguments(common.Config(image_size=224))["strides"] == PAPER
+    assert network_arguments(common.Config())["strides"] == (1, 1, 2, 2, 2)
+    assert network_arguments(common.Config(recipe="long"))["strides"] == (1, 1, 2, 1, 2)
+    assert network_arguments(common.Config(image_size=224))["strides"] == PAPER

@@ -149,12 +149,13 @@ def test_the_squares_of_cutmix_have_uniform_areas_and_cutout_takes_the_rest():
 def test_cutmix_and_cutout_together_give_each_image_one_of_both():
     data, config = small_data(), Config(cutmix=0.5, cutout=10)
     drawn = common.draw_epoch(23, config, 1, CPU)
-    images, _ = common.augment(data, drawn, slice(0, 23), config)
+    images, shares = common.augment(data, drawn, slice(0, 23), config)
     mixed_alone, _ = common.augment(data, drawn | {"side": drawn["side"] * drawn["mixed"]}, slice(0, 23), config)
     cut_alone, _ = common.augment(data, drawn, slice(0, 23), Config(cutout=10))
     mixed = drawn["mixed"]
     assert torch.equal(images[mixed], mixed_alone[mixed])
     assert torch.equal(images[~mixed], cut_alone[~mixed])
+    assert (shares[~mixed].amax(1) == 1).all()  # a hole takes nothing from the label
     assert (images[~mixed] == 128).all(3).flatten(1).sum(1).min() >= 5 * 5
 
 

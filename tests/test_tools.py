@@ -137,6 +137,8 @@ def test_perfect_and_hopeless_confidence_have_the_calibration_errors_that_they_m
         [[0.5, 0.25, 0.25], [0.4, 0.3, 0.3]]
     )  # both in the first of two intervals, which is closed above
     assert evaluate.calibration_error(edge, torch.tensor([0, 1]), bins=2) == pytest.approx(5)
+    apart = torch.tensor([[0.5, 0.25, 0.25], [0.6, 0.2, 0.2]])
+    assert evaluate.calibration_error(apart, torch.tensor([0, 1]), bins=2) == pytest.approx(55)
 
 
 def test_other_classes_are_refused_by_name(trained, tmp_path):

@@ -91,9 +91,9 @@ class Config:
     recipe: str = setting(
         "default", "long: 300 epochs, more augmentation and larger maps, for a GPU", choices=("default", "long")
     )
-    epochs: int = setting(40, "passes over the training images", 1, 1e6)
+    epochs: int = setting(45, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
-    learning_rate: float = setting(0.05, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
+    learning_rate: float = setting(0.025, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
     adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", 0, 1e30)
     warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", 0, 0.999)
     momentum: float = setting(0.9, "momentum of Muon", 0, 0.999)

@@ -70,7 +70,7 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
     other = run_script("baseline", *flags(folders, output, 3), "--learning-rate", "0.01", *nowhere)
     assert other.returncode == 1
     assert other.stdout == ""
-    for part in ("epochs was 1 and is now 3", "learning_rate was 0.05 and is now 0.01", "--output-dir", "--fresh"):
+    for part in ("epochs was 1 and is now 3", "learning_rate was 0.025 and is now 0.01", "--output-dir", "--fresh"):
         assert part in other.stderr
     assert other.stderr.count("\n") == 1
     Image.new("RGB", (32, 32)).save(folders / "train" / CLASSES[0] / "another.png")

@@ -102,6 +102,7 @@ class Config:
     clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", 0, 1e30)
     average: float = setting(0.05, "memory of the averaged weights: this part of all steps, less at first", 0, 0.999)
     crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
+    flip: str = setting("alternate", "mirror training images; none: for letters", choices=("alternate", "none"))
     cutout: int = setting(8, "side in pixels of a square hidden in training images", 0, 224)
     cutmix: float = setting(0.0, "part of the training images that get a square of another one", 0, 1)
     photometric: float = setting(0.0, "part of the training images that get one operation on their colours", 0, 1)
@@ -157,7 +158,7 @@ def parse_command_line(name: str) -> Config:
     """Make the flags from the fields of Config and read them; a bad one ends the program with status 2."""
     parser = argparse.ArgumentParser(
         description=f"Train the {name} network on CIFAR-10 or on class folders; the same command continues the run.",
-        epilog="example: %(prog)s --epochs 10 --data-dir pictures --output-dir runs/pictures",
+        epilog=f"example: python mobilenetv4_{name}.py --epochs 10 --data-dir pictures --output-dir runs/pictures",
         allow_abbrev=False,
     )
     recipe = parser.add_argument_group("recipe: decides the weights that come out")
@@ -606,7 +607,7 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
     shift = torch.randint(-config.crop_padding, config.crop_padding + 1, (count, 2), generator=generator)
     centre = torch.randint(0, config.image_size, (count, 2), generator=generator)
     first = torch.randint(0, 2, (count,), generator=random_generator(config.seed, 0)).bool()
-    flip = first ^ bool(epoch % 2)
+    flip = (first ^ bool(epoch % 2)) & (config.flip == "alternate")
     mixed, area, colored, strength = torch.rand(4, count, generator=generator)
     mixed = mixed < config.cutmix
     side = torch.where(mixed, (config.image_size * area.sqrt()).round().long(), config.cutout)

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -102,6 +103,27 @@ def test_evaluation_repeats_the_accuracies_of_the_run(trained):
     assert f"top-1 accuracy     {summary['test_accuracy']['averaged']:6.2f}%" in table
     assert "top-5" not in table  # of three classes
     assert all(name in table for name in CLASSES)
+
+
+def test_a_folder_of_some_classes_is_evaluated_with_the_labels_of_the_network(trained, tmp_path):
+    run, folders = trained
+    some = tmp_path / "some"
+    for name in CLASSES[1:]:
+        shutil.copytree(folders / "test" / name, some / name)
+    found, whole = (
+        json.loads(run_tool("evaluate", run / "checkpoint.pt", "--data-dir", folder, "--json").stdout)
+        for folder in (some, folders)
+    )
+    assert found["images"] == 20
+    assert found["confusion_matrix"] == [[0, 0, 0], *whole["confusion_matrix"][1:]]
+    refused = run_tool("export", run / "checkpoint.pt", tmp_path / "net.onnx", "--int8", "--data-dir", some)
+    assert refused.stderr == f"error: --int8: no training images in {some}; expected train/ and test/\n"
+    (some / "truck").mkdir()
+    empty = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", some)
+    assert empty.stderr.startswith(f"error: {some}: ") and "truck" in empty.stderr and empty.stderr.count("\n") == 1
+    Image.new("RGB", (32, 32)).save(some / "truck" / "one.png")
+    refused = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", some)
+    assert refused.stderr == f"error: {some}: the network has no class truck\n"
 
 
 def test_measures_are_those_of_their_definitions():

@@ -76,6 +76,7 @@ def test_two_epochs_in_succession_show_each_image_both_ways():
     assert torch.equal(flips[0], ~flips[1])
     assert torch.equal(flips[0], flips[2])
     assert 400 < flips[0].sum() < 600
+    assert not common.draw_epoch(1000, Config(flip="none"), 1, CPU)["flip"].any()
 
 
 def test_shifts_are_uniform_and_independent_for_each_image():

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from tqdm import tqdm
 
 import common
 from mobilenetv4_baseline import MobileNetV4
@@ -76,16 +78,39 @@ def settings(saved: dict[str, Any], device: torch.device, **others: Any) -> comm
 def load_data(saved: dict[str, Any], data_dir: Path, device: torch.device) -> tuple[common.Data, common.Config]:
     """Load the images in `data_dir` as the network of a checkpoint wants them, and the configuration to predict with.
 
+    Args:
+        saved: What the checkpoint holds.
+        data_dir: What a run's --data-dir takes, or a folder with a folder for some of the network's classes at least.
+        device: Where the images go.
+
     Raises:
         RunError: if there are none, or of other classes.
     """
     config = settings(saved, device, data_dir=data_dir)
+    if any((data_dir / name).is_dir() for name in saved["classes"]) and not (data_dir / "test").is_dir():
+        return read_pictures(saved, data_dir, device), config
     data = common.load_data(config, device)
     if data.classes != saved["classes"]:
         raise common.RunError(
             f"{data_dir}: its classes are {', '.join(data.classes)}, the network's are {', '.join(saved['classes'])}"
         )
     return replace(data, mean=saved["mean"], std=saved["std"]), config
+
+
+def read_pictures(saved: dict[str, Any], folder: Path, device: torch.device) -> common.Data:
+    """Read <folder>/<class>/..., all of them for evaluation, with the labels that the network gives to the classes."""
+    size, classes = saved["image_size"], saved["classes"]
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:  # an empty class
+        raise common.RunError(f"{folder}: {error}") from None
+    if others := set(found.classes) - set(classes):
+        raise common.RunError(f"{folder}: the network has no class {', '.join(sorted(others))}")
+    common.check_memory(folder, len(found) * size * size * 3)
+    with tqdm(total=len(found), desc="reading images", unit="", leave=False, disable=None) as bar:
+        images = torch.from_numpy(common.decode([path for path, _ in found.samples], size, bar)).to(device)
+    labels = torch.tensor([classes.index(found.classes[target]) for target in found.targets], device=device)
+    return common.Data("", classes, images[:0], labels[:0], images, labels, saved["mean"], saved["std"], "")
 
 
 def logits_of(images: Tensor, network: nn.Module, saved: dict[str, Any]) -> Tensor:

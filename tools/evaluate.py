@@ -1,7 +1,7 @@
 """Evaluate a trained network on the test images of CIFAR-10 or of a folder of class folders.
 
     python -m tools.evaluate runs/baseline/checkpoint.pt
-    python -m tools.evaluate results/weights/enhanced.pt --data-dir data/cifar10 --flip --json
+    python -m tools.evaluate results/weights/enhanced.pt --data-dir pictures/test --flip --json
 
 Prints top-1 accuracy, top-5 where there are more than five classes, the cross-entropy, the expected calibration error,
 precision and recall of each class, and the confusion matrix (rows: true classes).
@@ -84,7 +84,7 @@ def main() -> None:
         "--data-dir",
         type=Path,
         default=common.Config.data_dir,
-        help="CIFAR-10, or train/ and test/ with a folder for each class (default: %(default)s)",
+        help="CIFAR-10, or folders of the classes, alone or in train/ and test/ (default: %(default)s)",
     )
     parser.add_argument(
         "--weights", choices=("averaged", "raw"), default=common.HEADLINE, help="(default: %(default)s)"

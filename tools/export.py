@@ -214,6 +214,8 @@ def export(options: argparse.Namespace) -> None:
     write, run_file = FORMATS[file.suffix]
     network, saved = load_network(options.checkpoint)
     data = load_data(saved, options.data_dir, device)[0] if options.data_dir else None
+    if options.int8 and not len(data.train_images):
+        raise common.RunError(f"--int8: no training images in {options.data_dir}; expected train/ and test/")
     temporary = file.with_name(f"{file.stem}.tmp{file.suffix}")
     deployed = Deployed(network, saved["mean"], saved["std"]).eval()
     try:

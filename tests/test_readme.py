@@ -1,0 +1,123 @@
+"""The README as a newcomer reads it: in a copy of the project, every command and every piece of Python, in its order.
+
+Data and epochs are small ones; what installs, is for several processes, or tests is parsed.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch.distributed.run
+from conftest import REPOSITORY, random_images, write_folders
+from PIL import Image
+
+import common
+
+README = (REPOSITORY / "README.md").read_text()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+SMALL = ["--batch-size", "16", "--image-size", "16", "--threads", "1", "--compile", "off"]
+RUNNER = """
+import json, runpy, sys
+sys.path.insert(0, "")
+for step in json.load(sys.stdin):
+    print("$", step, flush=True)
+    try:
+        if isinstance(step, str):
+            exec(step, {})
+        elif step[1] == "-m":
+            sys.argv = step[2:]
+            runpy.run_module(step[2], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = step[1:]
+            runpy.run_path(step[1], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            sys.exit(end.code)
+"""
+
+
+def parts():
+    """Return what the README's blocks hold, in order: commands as lists of words, pieces of Python as strings."""
+    found = []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S):
+        commands = [command for line in text.splitlines() for command in line.split(" && ")]
+        found += [text] if language == "python" else [shlex.split(command, comments=True) for command in commands]
+    return found
+
+
+PARTS = parts()
+COMMANDS = [part for part in PARTS if isinstance(part, list)]
+
+
+def shortened(command):
+    """Return a command that trains with a small number of epochs: 2 if the README tells one, or else 1."""
+    if command[1] == "-m" or {"--summary", "--evaluate", "--help"} & set(command):
+        return command
+    return [*command, *SMALL, "--epochs", "2" if "--epochs" in command else "1"]
+
+
+def test_the_readme_runs_from_its_first_line_to_its_last(tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns("data", "runs", ".*", "__pycache__"))
+    write_folders(copy / "data", train=40, test=20, classes=CIFAR10_CLASSES)
+    Image.fromarray(random_images(1, 0)[0]).save(copy / "cat.jpg")
+    runnable = [part for part in PARTS if isinstance(part, str) or part[0] == "python"]
+    steps = [part if isinstance(part, str) else shortened(part) for part in runnable]
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER], input=json.dumps(steps), cwd=copy, text=True, capture_output=True
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    assert result.stdout.count("\n$ ") + 1 == len(steps) > 20
+    for name in ("checkpoint.pt", "summary.json", "curves.png", "confusion.png", "mistakes.png", "samples.png"):
+        assert (copy / "runs" / "baseline" / name).exists()
+
+
+def test_what_the_readme_installs_is_what_the_requirements_name():
+    known = "".join((REPOSITORY / name).read_text() for name in ("requirements.txt", "tests/requirements.txt"))
+    for command in COMMANDS:
+        if command[0] == "pip":
+            assert command[1] == "install"
+            for word, before in zip(command[2:], command[1:], strict=False):
+                if before == "-r":
+                    assert (REPOSITORY / word).exists()
+                elif word != "-r":
+                    assert re.search(rf"^{word}\b", known, re.M), word
+    others = {command[0] for command in COMMANDS} - {"pip", "python", "torchrun"}
+    assert others == {"pytest"}
+
+
+def test_what_the_readme_says_of_several_processes_is_parsed(monkeypatch):
+    found = [command for command in COMMANDS if command[0] == "torchrun"]
+    assert found
+    for command in found:
+        options = torch.distributed.run.get_args_parser().parse_args(command[1:])
+        assert (REPOSITORY / options.training_script).exists()
+        monkeypatch.setattr(sys, "argv", [options.training_script, *options.training_script_args])
+        assert common.parse_command_line("baseline").epochs == common.Config.epochs
+
+
+def test_every_command_in_the_text_names_a_program_that_is_there():
+    """Those that stand in a sentence are not run."""
+    for command in re.findall(r"`python ([^`]+)`", README):
+        words = command.split()
+        path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+        assert (REPOSITORY / path).exists(), command
+
+
+@pytest.mark.parametrize("document", ["README.md", "results/README.md"])
+def test_every_link_leads_to_something(document):
+    folder = (REPOSITORY / document).parent
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (REPOSITORY / document).read_text())
+    assert document != "README.md" or links
+    assert [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_line_counts_are_those_of_the_files():
+    told = re.findall(r"^\| `(\w+\.py)` \| ([\d,]+) \|", README, re.M)
+    assert len(told) == 3
+    for name, count in told:
+        assert int(count.replace(",", "")) == len((REPOSITORY / name).read_text().splitlines()), name

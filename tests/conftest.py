@@ -1,13 +1,19 @@
 """Small data sets that the tests make themselves, and the way in which they run the scripts."""
 
+import contextlib
 import hashlib
+import io
 import os
 import pickle
+import runpy
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -101,6 +107,32 @@ def run_script(*arguments: object, **options) -> subprocess.CompletedProcess:
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run_here(main: Callable[[], object], *arguments: object) -> subprocess.CompletedProcess:
+    """Run a program's main function in this process, which saves the time of importing PyTorch."""
+    output, errors = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
+    status, on_interrupt = 0, signal.getsignal(signal.SIGINT)
+    with (
+        mock.patch.object(sys, "argv", ["program", *map(str, arguments)]),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        try:
+            main()
+        except SystemExit as end:  # whose text the interpreter would print
+            status = end.code if isinstance(end.code, int) else 1
+            print("" if isinstance(end.code, int) else end.code, file=errors, end="\n" * isinstance(end.code, str))
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
+    text = [stream.buffer.getvalue().decode() for stream in (output, errors)]
+    return subprocess.CompletedProcess(arguments, status, *text)
+
+
+def run_script_here(variant: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a script as `run_script` does, but in this process."""
+    script = str(REPOSITORY / f"mobilenetv4_{variant}.py")
+    return run_here(lambda: runpy.run_path(script, run_name="__main__"), "--threads", 1, *arguments)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script_here
 from test_training import small_data, train
 
 import common
@@ -168,13 +168,13 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path):
 def test_a_run_whose_checkpoint_has_gone_is_not_started_over_unasked(tmp_path):
     command = ("baseline", "--synthetic", "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path)
     (tmp_path / "summary.json").write_text("{}")
-    result = run_script(*command)
+    result = run_script_here(*command)
     assert result.returncode == 1
     assert "summary.json is of a finished run whose checkpoint.pt is gone; give this run a place" in result.stderr
     assert (tmp_path / "summary.json").exists()
     (tmp_path / "summary.json").unlink()
     (tmp_path / "checkpoint.pt").symlink_to("a disk that is not there")
-    result = run_script(*command)
+    result = run_script_here(*command)
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path / 'checkpoint.pt'}: not a file\n"
 
@@ -195,7 +195,7 @@ def test_settings_of_a_foreign_checkpoint_that_are_of_another_kind_are_refused(t
     recipe = {"epochs": 1, "holdout": "some", "seed": 0}
     foreign = {"format": 1, "variant": "baseline", "network": {}, "recipe": recipe, "data": "", "epoch": 1}
     common.write_checkpoint(output / "checkpoint.pt", foreign | {"model": {}, "averaged": {}})
-    result = run_script("baseline", "--synthetic", "--evaluate", "--output-dir", output)
+    result = run_script_here("baseline", "--synthetic", "--evaluate", "--output-dir", output)
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {output / 'checkpoint.pt'}: not a usable checkpoint (invalid literal")
     assert result.stderr.count("\n") == 1
@@ -279,14 +279,14 @@ def test_a_second_run_in_the_same_place_is_refused_before_any_work(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
     with common.exclusive(output / ".lock", wait=False):
-        result = run_script("baseline", "--synthetic", "--output-dir", output)
+        result = run_script_here("baseline", "--synthetic", "--output-dir", output)
     assert result.returncode == 1
     assert result.stderr == f"error: --output-dir {output}: another run is writing there\n"
 
 
 def test_an_output_directory_that_is_a_file_is_told_before_any_work(tmp_path):
     (tmp_path / "run").write_text("")
-    result = run_script("baseline", "--synthetic", "--output-dir", tmp_path / "run")
+    result = run_script_here("baseline", "--synthetic", "--output-dir", tmp_path / "run")
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr == f"error: --output-dir {tmp_path / 'run'}: File exists\n"

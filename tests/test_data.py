@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, flags, run_script, start, write_folders
+from conftest import CLASSES, flags, run_script_here, start, write_folders
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -261,7 +261,7 @@ def test_a_cache_of_another_kind_is_made_again(folders, kind):
 
 
 def test_a_run_may_be_kept_where_its_pictures_are(folders):
-    result = run_script("baseline", *flags(folders, folders, 1))
+    result = run_script_here("baseline", *flags(folders, folders, 1))
     assert result.returncode == 0, result.stderr
 
 

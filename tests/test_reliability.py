@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, run_script, start, wait_for, write_folders
+from conftest import flags, run_script, run_script_here, start, wait_for, write_folders
 from test_training import small_data, train
 from torch import nn
 
@@ -433,7 +433,7 @@ def test_a_batch_too_large_for_the_memory_ends_in_one_line_and_changes_nothing(t
 def test_a_device_that_is_not_there_is_told_with_those_that_are(device, tmp_path):
     if getattr(torch, device).is_available():
         pytest.skip(f"this machine has {device}")
-    result = run_script("baseline", "--synthetic", "--device", device, "--output-dir", tmp_path / "run")
+    result = run_script_here("baseline", "--synthetic", "--device", device, "--output-dir", tmp_path / "run")
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: --device {device}: there is none here; this machine has ")
     assert result.stderr.endswith("cpu\n")

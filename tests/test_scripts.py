@@ -3,17 +3,16 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import CLASSES, REPOSITORY, flags, run_script, write_folders
+from conftest import CLASSES, flags, run_here, run_script, run_script_here, write_folders
 from PIL import Image
 
 import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
+from tools import export
 
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 PARAMETERS = {"baseline": 3_047_403, "enhanced": 4_163_715}  # with the three classes of the small folder
@@ -84,7 +83,7 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
 
 
 def test_a_held_out_accuracy_is_called_so_everywhere(folders, tmp_path):
-    result = run_script("enhanced", *flags(folders, tmp_path / "run", 1), "--holdout", 6)
+    result = run_script_here("enhanced", *flags(folders, tmp_path / "run", 1), "--holdout", 6)
     assert result.returncode == 0, result.stderr
     assert "test_accuracy" not in result.stdout
     assert result.stdout.count("holdout_accuracy") == 5
@@ -95,7 +94,7 @@ def test_a_held_out_accuracy_is_called_so_everywhere(folders, tmp_path):
 
 
 def test_the_summary_needs_no_data_and_adds_up(tmp_path):
-    result = run_script("baseline", "--summary", "--data-dir", tmp_path / "nothing")
+    result = run_script_here("baseline", "--summary", "--data-dir", tmp_path / "nothing")
     assert result.returncode == 0, result.stderr
     rows = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()[1:]]
     parameters, macs = (sum(int(row[column].replace(",", "")) for row in rows[:-1]) for column in (-2, -1))
@@ -106,7 +105,9 @@ def test_the_summary_needs_no_data_and_adds_up(tmp_path):
 
 
 def test_made_up_images_say_that_the_accuracy_means_nothing(tmp_path):
-    result = run_script("baseline", "--synthetic", "--epochs", 1, "--image-size", 16, "--output-dir", tmp_path / "run")
+    result = run_script_here(
+        "baseline", "--synthetic", "--epochs", 1, "--image-size", 16, "--output-dir", tmp_path / "run"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("means nothing") == 2
 
@@ -129,13 +130,12 @@ def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
 
 def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp_path):
     run, file = tmp_path / "run", tmp_path / "weights.pt"
-    trained = run_script("baseline", *flags(folders, run, 1), "--recipe", "long", "--cutmix", 0)
+    trained = run_script_here("baseline", *flags(folders, run, 1), "--recipe", "long", "--cutmix", 0)
     assert trained.returncode == 0, trained.stderr
-    exporting = [sys.executable, "-m", "tools.export", str(run / "checkpoint.pt"), str(file)]
-    result = subprocess.run(exporting, cwd=REPOSITORY, text=True, capture_output=True)
+    result = run_here(export.main, run / "checkpoint.pt", file)
     assert result.returncode == 0, result.stderr
     assert file.stat().st_size < 2.1 * 3_056_370 + 100_000
-    evaluated = run_script("baseline", "--evaluate", file, "--data-dir", folders)  # knows strides and recipe by itself
+    evaluated = run_script_here("baseline", "--evaluate", file, "--data-dir", folders)  # which knows its strides
     assert evaluated.returncode == 0, evaluated.stderr
     assert "212,842,240 MACs" in evaluated.stdout
     accuracies = re.findall(r"^test_accuracy averaged.*%", evaluated.stdout, re.M)
@@ -143,28 +143,28 @@ def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp
     assert "test_accuracy raw" not in evaluated.stdout
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "checkpoint.pt").write_bytes(file.read_bytes())
-    again = run_script("baseline", *flags(folders, tmp_path / "other", 1), "--recipe", "long", "--cutmix", 0)
+    again = run_script_here("baseline", *flags(folders, tmp_path / "other", 1), "--recipe", "long", "--cutmix", 0)
     assert again.returncode == 1
     assert "weights alone" in again.stderr
-    wrong = run_script("enhanced", "--evaluate", file, "--data-dir", folders)
+    wrong = run_script_here("enhanced", "--evaluate", file, "--data-dir", folders)
     assert wrong.stderr.endswith("variant was baseline and is now enhanced\n")  # with no advice on continuing
     saved = common.load_checkpoint(file)  # as an older program may have saved it
     older = {key: value for key, value in saved["recipe"].items() if key not in ("cutmix", "plain_end")}
     common.write_checkpoint(tmp_path / "older.pt", saved | {"recipe": older})
-    evaluated = run_script("baseline", "--evaluate", tmp_path / "older.pt", "--data-dir", folders)
+    evaluated = run_script_here("baseline", "--evaluate", tmp_path / "older.pt", "--data-dir", folders)
     assert evaluated.returncode == 0, evaluated.stderr
-    missing = run_script("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
+    missing = run_script_here("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
     assert missing.returncode == 1
     assert "none.pt" in missing.stderr and missing.stderr.count("\n") == 1
 
 
 def test_a_run_begins_with_the_weights_of_another_and_a_new_classifier_where_classes_differ(folders, tmp_path):
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    result = run_script("baseline", *flags(folders, first, 1))
+    result = run_script_here("baseline", *flags(folders, first, 1))
     assert result.returncode == 0, result.stderr
     more = write_folders(tmp_path / "more", classes=[*CLASSES, "truck"])
     still = ("--learning-rate", 0, "--adam-learning-rate", 0, "--init-from", first / "checkpoint.pt")
-    result = run_script("baseline", *flags(more, second, 1), *still)
+    result = run_script_here("baseline", *flags(more, second, 1), *still)
     assert result.returncode == 0, result.stderr
     assert f"beginning with the weights of {first / 'checkpoint.pt'} and a new classifier of 4 classes" in result.stdout
     before, after = (common.load_checkpoint(run / "checkpoint.pt") for run in (first, second))
@@ -173,28 +173,28 @@ def test_a_run_begins_with_the_weights_of_another_and_a_new_classifier_where_cla
             assert after["model"][name].shape[0] == 4
         else:
             assert torch.equal(after["model"][name], before["averaged"][name])
-    result = run_script("baseline", *flags(folders, third, 1), *still)
+    result = run_script_here("baseline", *flags(folders, third, 1), *still)
     assert "classifier" not in result.stdout
     same = common.load_checkpoint(third / "checkpoint.pt")["model"]
     assert torch.equal(same["classifier.weight"], before["averaged"]["classifier.weight"])
     # the same command goes on, another beginning is another run, and evaluation needs none
-    assert "nothing to train" in run_script("baseline", *flags(folders, third, 1), *still).stdout
-    other = run_script("baseline", *flags(folders, third, 1), *still[:4])
+    assert "nothing to train" in run_script_here("baseline", *flags(folders, third, 1), *still).stdout
+    other = run_script_here("baseline", *flags(folders, third, 1), *still[:4])
     assert other.returncode == 1
     assert "init_from was" in other.stderr and "is now None" in other.stderr
-    assert run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", third).returncode == 0
+    assert run_script_here("baseline", "--evaluate", "--data-dir", folders, "--output-dir", third).returncode == 0
 
 
 def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
-    assert run_script("baseline", *flags(folders, tmp_path / "run", 1)).returncode == 0
+    assert run_script_here("baseline", *flags(folders, tmp_path / "run", 1)).returncode == 0
     checkpoint = tmp_path / "run" / "checkpoint.pt"
-    wrong = run_script("enhanced", *flags(folders, tmp_path / "other", 1), "--init-from", checkpoint)
+    wrong = run_script_here("enhanced", *flags(folders, tmp_path / "other", 1), "--init-from", checkpoint)
     assert wrong.returncode == 1
     assert wrong.stderr.startswith(f"error: --init-from {checkpoint}: the weights of another network")
-    missing = run_script("baseline", *flags(folders, tmp_path / "other", 1), "--init-from", tmp_path / "none.pt")
+    missing = run_script_here("baseline", *flags(folders, tmp_path / "other", 1), "--init-from", tmp_path / "none.pt")
     assert missing.returncode == 1
     assert missing.stderr == f"error: --init-from {tmp_path / 'none.pt'}: not a file\n"
-    own = run_script("baseline", *flags(folders, tmp_path / "run", 1), "--fresh", "--init-from", checkpoint)
+    own = run_script_here("baseline", *flags(folders, tmp_path / "run", 1), "--fresh", "--init-from", checkpoint)
     assert own.returncode == 1
     assert "it would be replaced" in own.stderr
     assert checkpoint.exists()
@@ -203,6 +203,6 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
 
 @pytest.mark.parametrize(("size", "strides"), [(48, "[1, 1, 2, 2, 2]"), (64, "[1, 2, 2, 2, 2]")])
 def test_the_strides_follow_the_image_size_and_are_told(size, strides, folders, tmp_path):
-    result = run_script("baseline", *flags(folders, tmp_path / "run", 1), "--image-size", size)
+    result = run_script_here("baseline", *flags(folders, tmp_path / "run", 1), "--image-size", size)
     assert result.returncode == 0, result.stderr
     assert f"strides {strides}" in result.stdout

@@ -1,21 +1,18 @@
 """The tools on a small trained network: each number against another way of computing it."""
 
 import argparse
-import contextlib
 import csv
 import importlib
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, REPOSITORY, flags, random_images, run_script, write_folders
+from conftest import CLASSES, REPOSITORY, flags, random_images, run_here, run_script_here, write_folders
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,7 +26,7 @@ def trained(tmp_path_factory):
     """Return a run of the enhanced network and the folder of its pictures."""
     root = tmp_path_factory.mktemp("tools")
     folders = write_folders(root / "pictures", test=30)
-    result = run_script(
+    result = run_script_here(
         "enhanced", *flags(folders, root / "run", 2), "--cutmix", 0.5, "--photometric", 0.5, "--batch-size", 36
     )
     assert result.returncode == 0, result.stderr
@@ -37,21 +34,8 @@ def trained(tmp_path_factory):
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a tool as `python -m tools.NAME` does, but in this process, which saves the time of importing PyTorch."""
-    output, errors = (io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2))
-    module, status = importlib.import_module(f"tools.{name}"), 0
-    with (
-        mock.patch.object(sys, "argv", [name, *map(str, arguments)]),
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(errors),
-    ):
-        try:
-            module.main()
-        except SystemExit as end:  # whose text the interpreter would print
-            status = end.code if isinstance(end.code, int) else 1
-            print("" if isinstance(end.code, int) else end.code, file=errors, end="\n" * isinstance(end.code, str))
-    text = [stream.buffer.getvalue().decode() for stream in (output, errors)]
-    return subprocess.CompletedProcess(name, status, *text)
+    """Run a tool as `python -m tools.NAME` does, but in this process."""
+    return run_here(importlib.import_module(f"tools.{name}").main, *arguments)
 
 
 def test_the_tools_are_programs(trained):

@@ -27,7 +27,6 @@ import re
 import shutil
 import signal
 import ssl
-import stat
 import sys
 import tarfile
 import time
@@ -452,9 +451,6 @@ def read_folders(config: Config) -> tuple[list[str], Arrays, Arrays]:
 def read_images(root: Path, splits: list[list[tuple[str, int]]], size: int) -> list[np.ndarray]:
     """Return the pictures of both splits, decoded, or from the cache beside them where not one has changed."""
     files = [(path, os.stat(path)) for split in splits for path, _ in split]
-    for path, status in files:
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device might never end
-            raise RunError(f"{path}: not a file")
     if links := len(files) - len({(status.st_dev, status.st_ino) for _, status in files}):
         print(f"notice: {links} of the {len(files)} pictures in {root} are links to others of them")
     listing = [(path.removeprefix(str(root)), status.st_size, status.st_mtime_ns) for path, status in files]
@@ -503,6 +499,8 @@ def decode(paths: list[str], size: int, bar: tqdm) -> np.ndarray:
     """Return the pictures as uint8 (N, size, size, 3); one that cannot be read is named."""
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for index, path in enumerate(paths):
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
+            raise RunError(f"{path}: not a file")
         try:
             with Image.open(path, formats=FORMATS) as image:
                 images[index] = np.asarray(fit_image(image, size))
@@ -1073,12 +1071,12 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged or foreign checkpoint raises into one line."""
+def reading(path: Path, kind: str = "checkpoint") -> Iterator[None]:
+    """Turn whatever a damaged or foreign file raises into one line."""
     try:
         yield
     except Exception as error:  # it can fail anywhere in the parsers
-        raise CheckpointError(f"{path}: not a usable checkpoint ({one_line(error)})") from None
+        raise CheckpointError(f"{path}: not a usable {kind} ({one_line(error)})") from None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

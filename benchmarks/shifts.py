@@ -30,9 +30,11 @@ def shift(images: Tensor, down: int, right: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir)
-    parser.add_argument("--pixels", type=int, default=2, choices=range(1, 16), metavar="N")
+    parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
+    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir, help="(default: %(default)s)")
+    parser.add_argument(
+        "--pixels", type=int, default=2, choices=range(1, 16), metavar="N", help="of a shift (default: %(default)s)"
+    )
     options = parser.parse_args()
     with failures_in_one_line():
         device = common.pick_device("auto", 0)
@@ -43,7 +45,7 @@ def main() -> None:
         for down, right in itertools.product((0, -options.pixels, options.pixels), repeat=2):
             logits = common.predict(network, shift(data.test_images, down, right), data, config)
             accuracies[down, right] = common.accuracy(logits, data.test_labels)
-            print(f"{down:+3d} down {right:+3d} right  {accuracies[down, right]:6.2f}%", flush=True)
+            print(f"{down:+3d} down {right:+3d} right  {accuracies[down, right]:6.2f}%")
         del accuracies[0, 0]
         print(f"mean of the eight {sum(accuracies.values()) / 8:.2f}%, lowest {min(accuracies.values()):.2f}%")
 

@@ -3,7 +3,9 @@
 import argparse
 import csv
 import importlib
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -60,9 +62,36 @@ def test_a_checkpoint_of_another_variant_or_without_raw_weights_is_refused(train
         assert torch.allclose(tensor, saved["averaged"][name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_package_that_is_not_there_is_named_with_the_command_that_brings_it():
-    with pytest.raises(common.RunError, match="pip install nothing_like_it onnx"):
-        tools.optional("onnx", "nothing_like_it.part")
+def test_without_the_optional_packages_each_tool_does_what_it_can_and_names_what_to_install(trained, tmp_path):
+    """Also that importing the networks and the tools prints nothing and changes no state of PyTorch."""
+    script = """
+import os, sys, torch
+for name in ("onnx", "onnxscript", "onnxruntime", "matplotlib"):
+    sys.modules[name] = None
+def state(): return torch.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
+before = state()
+from mobilenetv4_baseline import MobileNetV4
+from mobilenetv4_enhanced import enhanced_mobilenetv4
+from tools import evaluate, export, plot, predict
+assert state() == before
+checkpoint, picture, onnx = sys.argv[1:]
+for tool, *flags in ((predict, checkpoint, picture), (export, checkpoint, onnx), (plot, os.path.dirname(checkpoint))):
+    sys.argv = ["tool", *flags]
+    try:
+        tool.main()
+    except SystemExit as end:
+        print(end.code)
+"""
+    run, folders = trained
+    picture = next((folders / "test" / "cat").iterdir())
+    command = [sys.executable, "-c", script, run / "checkpoint.pt", picture, tmp_path / "net.onnx"]
+    result = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    predicted, status, exported, plotted = result.stdout.splitlines()
+    assert predicted.startswith(f"{picture}: ") and status == "0"
+    assert exported.endswith("pip install onnx onnxruntime onnxscript")
+    assert plotted.endswith("pip install matplotlib")
+    assert not (tmp_path / "net.onnx").exists()
 
 
 # ---- Evaluate ------------------------------------------------------------------------------------------------------
@@ -100,6 +129,9 @@ def test_a_folder_of_some_classes_is_evaluated_with_the_labels_of_the_network(tr
     )
     assert found["images"] == 20
     assert found["confusion_matrix"] == [[0, 0, 0], *whole["confusion_matrix"][1:]]
+    assert found["classes"]["cat"]["recall"] is None
+    table = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", some).stdout
+    assert re.search(r"^cat +0 +- ", table, re.M)
     refused = run_tool("export", run / "checkpoint.pt", tmp_path / "net.onnx", "--int8", "--data-dir", some)
     assert refused.stderr == f"error: --int8: no training images in {some}; expected train/ and test/\n"
     (some / "truck").mkdir()
@@ -147,6 +179,13 @@ def test_perfect_and_hopeless_confidence_have_the_calibration_errors_that_they_m
     assert evaluate.calibration_error(apart, torch.tensor([0, 1]), bins=2) == pytest.approx(55)
 
 
+def test_cifar10_is_not_downloaded_for_a_network_of_other_classes(trained, tmp_path):
+    result = run_tool("evaluate", trained[0] / "checkpoint.pt", "--data-dir", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path / 'nowhere'}: holds neither train/ and test/ nor a folder of")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_classes_are_refused_by_name(trained, tmp_path):
     other = write_folders(tmp_path / "other", classes=["cat", "dog", "truck"])
     result = run_tool("evaluate", trained[0] / "checkpoint.pt", "--data-dir", other)
@@ -187,11 +226,13 @@ def test_pictures_of_any_size_and_mode_are_predicted_as_in_training(trained, tmp
 def test_what_cannot_be_read_is_named_and_the_others_are_predicted(trained, tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    names = [tmp_path / name for name in ("bad.png", "good.png", "missing.png")]
+    names = [tmp_path / name for name in ("bad.png", "good.png", "missing.png", "pipe.png")]
+    os.mkfifo(names[3])  # which reading would wait for
     result = run_tool("predict", trained[0] / "checkpoint.pt", *names)
     assert result.returncode == 1
     assert result.stdout.startswith(f"{tmp_path / 'good.png'}: ") and result.stdout.count("\n") == 1
-    assert [line.split(":")[1].strip() for line in result.stderr.splitlines()] == [str(names[0]), str(names[2])]
+    told = [line.split(":")[1].strip() for line in result.stderr.splitlines()]
+    assert told == [str(names[index]) for index in (0, 2, 3)]
     (tmp_path / "empty").mkdir()
     nothing = run_tool("predict", trained[0] / "checkpoint.pt", tmp_path / "empty")
     assert nothing.returncode == 1
@@ -297,7 +338,9 @@ def test_all_pictures_of_a_run_are_drawn(trained, tmp_path):
 def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path, monkeypatch):
     run, folders = trained
     seen = {}
-    monkeypatch.setattr(plot, "draw_grid", lambda images, titles, file, plt: seen.update({file.name: (images, titles)}))
+    monkeypatch.setattr(
+        plot, "draw_grid", lambda images, titles, file, plt: (file.touch(), seen.update({file.name: (images, titles)}))
+    )
     monkeypatch.setattr(plot, "draw_confusion", lambda *arguments: None)
     assert len(list(plot.draw_all(run, tmp_path, folders, None))) == 3
     config = common.Config(data_dir=folders, cutmix=0.5, photometric=0.5, batch_size=36, epochs=2)
@@ -307,21 +350,80 @@ def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path
     assert torch.equal(seen["samples.png"][0], images)
     for title, row in zip(seen["samples.png"][1], shares, strict=True):
         assert title.split("\n")[0].split(" ")[0] == data.classes[row.argmax()]
-    mistakes, titles = seen["mistakes.png"]
-    assert len(mistakes) == len(titles) > 0
-    for title in titles:
-        true, _, taken_for = title.partition("\nas ")
-        assert true != taken_for.split(" ")[0]
 
 
-def test_several_runs_are_compared_in_one_picture_and_what_is_no_run_is_named(trained, tmp_path):
-    run, _ = trained
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metrics.csv").write_text((run / "metrics.csv").read_text())
-    result = run_tool("plot", run, tmp_path / "other", "--output-dir", tmp_path)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def pyplot():
+    matplotlib, pyplot = tools.optional("matplotlib", "matplotlib.pyplot")
+    matplotlib.use("Agg")
+    yield pyplot
+    pyplot.close("all")
+
+
+def test_the_curves_of_several_runs_are_their_metrics_and_can_be_told_apart(trained, tmp_path, pyplot):
+    run, held_out = trained[0], tmp_path / "other"
+    held_out.mkdir()
+    text = (run / "metrics.csv").read_text()
+    (held_out / "metrics.csv").write_text(text.replace("test_accuracy", "holdout_accuracy"))
+    result = run_tool("plot", run, held_out, "--output-dir", tmp_path)
     assert result.stdout == f"{tmp_path / 'curves.png'}\n"
-    assert len(list(csv.DictReader((run / "metrics.csv").open()))) == 2
+    rows, axes = list(csv.DictReader(io.StringIO(text))), pyplot.gcf().axes
+    for axis, column in zip(axes, ("loss", "test_accuracy"), strict=True):
+        for line in axis.lines:
+            assert list(line.get_xdata()) == [1, 2]
+            assert list(line.get_ydata()) == [float(row[column]) for row in rows]
+        assert len({line.get_color() for line in axis.lines}) == len({line.get_linestyle() for line in axis.lines}) == 2
+    legend = [entry.get_text() for entry in axes[1].get_legend().get_texts()]
+    assert legend == [str(run), f"{held_out} (held out)"]
+
+
+def test_what_is_no_run_or_a_damaged_one_is_named(trained, tmp_path):
     nothing = run_tool("plot", tmp_path)
     assert nothing.returncode == 1
     assert nothing.stderr == f"error: {tmp_path / 'metrics.csv'}: no epochs there; expected the folder of a run\n"
+    copy = shutil.copytree(trained[0], tmp_path / "copy")
+    (copy / "summary.json").write_text("{")
+    result = run_tool("plot", copy)
+    assert result.stderr.startswith(f"error: {copy / 'summary.json'}: not a usable summary (")
+    (copy / "metrics.csv").write_text("epoch,loss\n1,2\n")
+    result = run_tool("plot", copy)
+    assert result.stderr.startswith(f"error: {copy / 'metrics.csv'}: not a usable table (")
+    assert result.stderr.count("\n") == 1
+
+
+def test_mistakes_are_the_most_confident_ones_under_titles_that_do_not_overlap(tmp_path, pyplot):
+    classes = ["American pit bull terrier", "soft-coated wheaten terrier", "cat", "price in $ or in $"]
+    logits, labels = 5 * torch.randn(200, 4), torch.arange(200) % 4
+    saved = {"classes": classes, "mean": [0.5] * 3, "std": [0.2] * 3}
+    data = tools.as_data(torch.zeros(200, 32, 32, 3, dtype=torch.uint8), labels, saved)
+    plot.draw_mistakes(logits, data, tmp_path / "mistakes.png", pyplot)
+    figure = pyplot.gcf()
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = sorted((index for index in range(200) if predicted[index] != labels[index]), key=lambda i: -confidence[i])
+    titles = [axis.title for axis in figure.axes]
+    assert len(titles) == 32
+    for title, index in zip(titles, wrong, strict=False):
+        true, _, taken_for = title.get_text().partition("\nas ")
+        assert classes[labels[index]].startswith(true.rstrip("\u2026"))
+        name, share = taken_for.rsplit(" ", 1)
+        assert classes[predicted[index]].startswith(name.rstrip("\u2026"))
+        assert share == f"{100 * confidence[index]:.0f}%"
+    extents = [title.get_window_extent() for title in titles]
+    assert not any(a.overlaps(b) for place, a in enumerate(extents) for b in extents[:place])
+    plot.draw_mistakes(100 * torch.eye(4)[labels], data, tmp_path / "mistakes.png", pyplot)
+    assert not (tmp_path / "mistakes.png").exists()
+
+
+@pytest.mark.parametrize("count", [2, 10, 36, 300])
+def test_a_confusion_matrix_of_any_number_of_classes_can_be_read(count, tmp_path, pyplot):
+    names = [f"class number {index}" for index in range(count)]
+    summary = {"per_class_accuracy": dict.fromkeys(names), "confusion_matrix": (9 + torch.eye(count)).tolist()}
+    plot.draw_confusion(summary, tmp_path / "confusion.png", pyplot)
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert max(picture.size) < 3100
+    axis = pyplot.gcf().axes[0]
+    shown = [text for text in (*axis.texts, *axis.get_yticklabels()) if text.get_text()]
+    extents = [text.get_window_extent() for text in shown]
+    assert len(shown) == (count**2 + count if count <= 36 else len(axis.get_yticklabels()))
+    rows = extents[:count] if count <= 36 else extents
+    assert not any(a.overlaps(b) for place, a in enumerate(rows) for b in rows[:place])

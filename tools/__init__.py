@@ -3,6 +3,7 @@
 Here is what they share.
 """
 
+import argparse
 import contextlib
 import importlib
 import os
@@ -22,6 +23,7 @@ import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 
 
@@ -89,12 +91,20 @@ def load_data(saved: dict[str, Any], data_dir: Path, device: torch.device) -> tu
     config = settings(saved, device, data_dir=data_dir)
     if any((data_dir / name).is_dir() for name in saved["classes"]) and not (data_dir / "test").is_dir():
         return read_pictures(saved, data_dir, device), config
-    data = common.load_data(config, device)
+    data = load_splits(config, saved, device)
     if data.classes != saved["classes"]:
         raise common.RunError(
             f"{data_dir}: its classes are {', '.join(data.classes)}, the network's are {', '.join(saved['classes'])}"
         )
     return replace(data, mean=saved["mean"], std=saved["std"]), config
+
+
+def load_splits(config: common.Config, saved: dict[str, Any], device: torch.device) -> common.Data:
+    """Load training and test images; CIFAR-10 is downloaded only for a network that was trained on it."""
+    root, known = config.data_dir, config.synthetic or saved["classes"] == CIFAR10_CLASSES
+    if not known and not any((root / split).is_dir() for split in ("train", "test")):
+        raise common.RunError(f"{root}: holds neither train/ and test/ nor a folder of one of the network's classes")
+    return common.load_data(config, device)
 
 
 def read_pictures(saved: dict[str, Any], folder: Path, device: torch.device) -> common.Data:
@@ -110,14 +120,25 @@ def read_pictures(saved: dict[str, Any], folder: Path, device: torch.device) -> 
     with tqdm(total=len(found), desc="reading images", unit="", leave=False, disable=None) as bar:
         images = torch.from_numpy(common.decode([path for path, _ in found.samples], size, bar)).to(device)
     labels = torch.tensor([classes.index(found.classes[target]) for target in found.targets], device=device)
-    return common.Data("", classes, images[:0], labels[:0], images, labels, saved["mean"], saved["std"], "")
+    return as_data(images, labels, saved)
+
+
+def as_data(images: Tensor, labels: Tensor, saved: dict[str, Any]) -> common.Data:
+    """Return images, uint8 (N, H, W, 3), and labels, int64 (N,), as data for evaluation, without training images."""
+    return common.Data("", saved["classes"], images[:0], labels[:0], images, labels, saved["mean"], saved["std"], "")
 
 
 def logits_of(images: Tensor, network: nn.Module, saved: dict[str, Any]) -> Tensor:
     """Return the logits of any images, uint8 (N, H, W, 3), as float32 (N, classes) on the CPU."""
-    labels = torch.zeros(0, dtype=torch.int64)
-    data = common.Data("", saved["classes"], images, labels, images, labels, saved["mean"], saved["std"], "")
+    data = as_data(images, torch.zeros(0, dtype=torch.int64), saved)
     return common.predict(network, images, data, settings(saved, images.device))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    choices = ("auto", "cuda", "mps", "cpu")
+    parser.add_argument(
+        "--device", choices=choices, default="auto", help="auto: cuda, else mps, else cpu (default: auto)"
+    )
 
 
 def optional(*names: str) -> list[ModuleType]:

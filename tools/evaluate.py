@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import common
-from tools import failures_in_one_line, load_data, load_network
+from tools import add_device, failures_in_one_line, load_data, load_network
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -48,8 +48,8 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any
     results["classes"] = {
         name: {
             "images": truly[index].item(),
-            "recall": 100 * hits[index].item() / max(1, truly[index].item()),
-            "precision": 100 * hits[index].item() / max(1, predicted[index].item()),
+            "recall": 100 * hits[index].item() / truly[index].item() if truly[index] else None,
+            "precision": 100 * hits[index].item() / predicted[index].item() if predicted[index] else None,
         }
         for index, name in enumerate(classes)
     }
@@ -67,8 +67,9 @@ def report(results: dict[str, Any]) -> str:
     lines.append(f"calibration error  {results['calibration_error']:6.2f}%")
     wide = max(8, *map(len, results["classes"]))
     lines.append(f"\n{'class':<{wide}}  images  recall  precision")
-    for name, row in results["classes"].items():
-        lines.append(f"{name:<{wide}}  {row['images']:>6}{row['recall']:>7.2f}%{row['precision']:>10.2f}%")
+    for name, row in results["classes"].items():  # some may be neither among the images nor predicted
+        recall, precision = ("-" if row[key] is None else f"{row[key]:.2f}%" for key in ("recall", "precision"))
+        lines.append(f"{name:<{wide}}  {row['images']:>6}{recall:>8}{precision:>11}")
     cell = max(5, len(str(max(map(max, results["confusion_matrix"])))) + 1)
     numbers = "".join(f"{index:>{cell}}" for index in range(len(results["classes"])))
     lines.append(f"\n{'true':<{wide}}{numbers}   predicted, by number")
@@ -87,12 +88,13 @@ def main() -> None:
         help="CIFAR-10, or folders of the classes, alone or in train/ and test/ (default: %(default)s)",
     )
     parser.add_argument(
-        "--weights", choices=("averaged", "raw"), default=common.HEADLINE, help="(default: %(default)s)"
+        "--weights",
+        choices=("averaged", "raw"),
+        default=common.HEADLINE,
+        help="averaged over the last steps, or raw, those of the last one (default: %(default)s)",
     )
     parser.add_argument("--flip", action="store_true", help="average the logits of each image and of its reflection")
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
     options = parser.parse_args()
     with failures_in_one_line():

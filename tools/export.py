@@ -13,6 +13,7 @@ tells what --int8 costs. ONNX needs `pip install onnx onnxscript onnxruntime`. W
 
 import argparse
 import copy
+import io
 import json
 import os
 import statistics
@@ -125,7 +126,9 @@ def write_pt2(deployed: Deployed, images: Tensor, file: Path, saved: dict[str, A
     shapes = {"images": {0: torch.export.Dim("batch")}}
     about = json.dumps({key: saved[key] for key in ("classes", "image_size")})
     program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)
-    torch.export.save(program, file, extra_files={"about.json": about})
+    content = io.BytesIO()  # for writing, PyTorch's own errors are not OSErrors
+    torch.export.save(program, content, extra_files={"about.json": about})
+    file.write_bytes(content.getvalue())
 
 
 def run_pt2(file: Path) -> Run:
@@ -187,7 +190,7 @@ def describe(kind: str, run: Run, file: Path, size: int, data: common.Data | Non
         begun = time.perf_counter()
         run(image)
         times.append(time.perf_counter() - begun)
-    accuracy = "unknown"
+    accuracy = "-"
     if data is not None:
         batches = data.test_images.split(250)
         logits = torch.from_numpy(np.concatenate([run(pixels(batch)) for batch in batches]))
@@ -227,10 +230,13 @@ def export(options: argparse.Namespace) -> None:
         print(describe("float32", run, file, saved["image_size"], data))
         if options.int8:
             chosen = torch.randperm(len(data.train_images), generator=common.random_generator(0, 0))[:1024]
-            small = file.with_name(f"{file.stem}.int8.onnx")
-            quantize(file, temporary, pixels(data.train_images[chosen]))
+            images, small = pixels(data.train_images[chosen]), file.with_name(f"{file.stem}.int8.onnx")
+            quantize(file, temporary, images)
+            run = run_file(temporary)
+            if not np.isfinite(run(images[:5])).all():
+                raise common.RunError(f"{small}: its logits are not finite")
             os.replace(temporary, small)
-            print(describe("int8", run_file(small), small, saved["image_size"], data))
+            print(describe("int8", run, small, saved["image_size"], data))
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -240,7 +246,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="of a run, or of this program's weights alone")
     parser.add_argument("file", type=Path, help="what is written, ending in .onnx, .pt2 or .pt")
     parser.add_argument("--int8", action="store_true", help="also quantise, with ranges from 1,024 training images")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="for the accuracy, and for --int8")
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="CIFAR-10, or train/ and test/ with a folder for each class: for the accuracy and for --int8",
+    )
     options = parser.parse_args()
     with failures_in_one_line():
         if options.file.suffix not in (".pt", *FORMATS):

@@ -11,48 +11,51 @@ import argparse
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import common
-from tools import failures_in_one_line, load_network, logits_of, optional
+from tools import failures_in_one_line, load_network, load_splits, logits_of, optional
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's, for all eyes
 LINES = ("-", "--", "-.", ":")
+MOST = 36  # classes whose names and shares can be read in confusion.png
 
 
 def draw_curves(runs: list[Path], file: Path, plt: Any) -> None:
     """Draw loss and accuracy after each epoch; several runs differ in colour and in the kind of line."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for index, run in enumerate(runs):
-        rows = read_metrics(run)
-        name = next(key for key in rows[0] if key.endswith("_accuracy"))
-        style = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[index % len(LINES)], label=run.name)
+        metrics = read_metrics(run)
+        *_, name = metrics
+        style = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[index % len(LINES)])
+        style |= dict(label=f"{run} (held out)" if name == "holdout_accuracy" else str(run))
+        style |= dict(marker="." if len(metrics["epoch"]) < 60 else "")
         for axis, column in zip(axes, ("loss", name), strict=True):
-            values = [(float(row["epoch"]), float(row[column])) for row in rows if row[column] != "nan"]
-            axis.plot(*zip(*values, strict=True), marker="." if len(values) < 60 else "", **style)
-            axis.set(xlabel="epoch", ylabel="training loss" if column == "loss" else f"{name.replace('_', ' ')} (%)")
-    for axis in axes:
+            axis.plot(metrics["epoch"], metrics[column], **style)
+    for axis, name in zip(axes, ("training loss", "accuracy (%)"), strict=True):
+        axis.set(xlabel="epoch", ylabel=name)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(loc="lower right")
     figure.savefig(file, dpi=120)
 
 
-def read_metrics(run: Path) -> list[dict[str, str]]:
-    """Read metrics.csv of a run.
+def read_metrics(run: Path) -> dict[str, list[float]]:
+    """Read the columns of metrics.csv of a run.
 
     Raises:
-        RunError: if it is not there, or empty.
+        RunError: if it is not there, empty, or of another program.
     """
     table = run / "metrics.csv"
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     if not rows:
         raise common.RunError(f"{table}: no epochs there; expected the folder of a run")
-    return rows
+    with common.reading(table, "table"):
+        name = "test_accuracy" if "test_accuracy" in rows[0] else "holdout_accuracy"
+        return {column: [float(row[column]) for row in rows] for column in ("epoch", "loss", name)}
 
 
 def draw_confusion(summary: dict[str, Any], file: Path, plt: Any) -> None:
@@ -61,18 +64,19 @@ def draw_confusion(summary: dict[str, Any], file: Path, plt: Any) -> None:
     counts = torch.tensor(summary["confusion_matrix"], dtype=torch.double)
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     errors = shares.clone().fill_diagonal_(0)
-    side = 2.5 + 0.6 * len(classes)
+    side, few = min(2.5 + 0.6 * len(classes), 24), len(classes) <= MOST
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     picture = axis.imshow(errors.numpy(), cmap="Blues", vmax=max(1, 1.4 * errors.max().item()))
     for row in range(len(classes)):
         for column in range(len(classes)):
-            if shares[row, column] > 0:
+            if shares[row, column] > 0 and few:
                 weight = "bold" if row == column else "normal"
                 axis.text(
                     column, row, f"{shares[row, column]:.1f}", ha="center", va="center", fontsize=8, weight=weight
                 )
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    if few:
+        axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+        axis.set_yticks(range(len(classes)), classes)
     axis.set(xlabel="predicted", ylabel="true", title="per cent of each true class")
     figure.colorbar(picture, label="errors (%)", shrink=0.8)
     figure.savefig(file, dpi=120)
@@ -93,19 +97,22 @@ def draw_grid(images: torch.Tensor, titles: list[str], file: Path, plt: Any) -> 
     figure.savefig(file, dpi=120)
 
 
+def short(name: str) -> str:
+    """Return a name as long as the width of an image allows."""
+    return name if len(name) <= 13 else name[:12] + "\u2026"
+
+
 def draw_mistakes(logits: torch.Tensor, data: common.Data, file: Path, plt: Any) -> None:
-    """Draw the 32 most confident errors with their true classes and what they were taken for."""
+    """Draw the 32 most confident errors, if there are any, with their true classes and what they were taken for."""
     confidence, predicted = logits.softmax(1).max(1)
     labels = data.test_labels.cpu()
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:32]
+    file.unlink(missing_ok=True)
     if not len(wrong):
-        print("no mistakes to draw")
         return
-    titles = [
-        f"{data.classes[labels[index]]}\nas {data.classes[predicted[index]]} {100 * confidence[index]:.0f}%"
-        for index in wrong
-    ]
+    names = [short(name) for name in data.classes]
+    titles = [f"{names[labels[index]]}\nas {names[predicted[index]]} {100 * confidence[index]:.0f}%" for index in wrong]
     draw_grid(data.test_images.cpu()[wrong], titles, file, plt)
 
 
@@ -117,7 +124,9 @@ def draw_samples(data: common.Data, config: common.Config, file: Path, plt: Any)
     titles = []
     for row in shares.cpu():
         best = [index for index in row.argsort(descending=True).tolist() if row[index] > 0.005]
-        parts = [data.classes[index] + (f" {100 * row[index]:.0f}%" if row[index] < 0.995 else "") for index in best]
+        parts = [
+            short(data.classes[index]) + (f" {100 * row[index]:.0f}%" if row[index] < 0.995 else "") for index in best
+        ]
         titles.append("\n".join(parts))
     draw_grid(images, titles, file, plt)
 
@@ -132,19 +141,23 @@ def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterat
         raise common.RunError(
             f"{run / 'summary.json'}: not there; the other pictures are drawn when a run has finished"
         )
-    summary = json.loads((run / "summary.json").read_text())
-    draw_confusion(summary, folder / "confusion.png", plt)
-    yield folder / "confusion.png"
     network, saved = load_network(run / "checkpoint.pt")
-    known = {item.name for item in fields(common.Config)}
-    recipe = {key: value for key, value in saved["recipe"].items() if key in known}
-    places = dict(data_dir=data_dir or Path(summary["configuration"]["data_dir"]))
-    config = common.Config(**recipe, **places, synthetic=summary["configuration"]["synthetic"])
-    data = common.load_data(config, common.pick_device("cpu", 0))
+    with common.reading(run / "summary.json", "summary"):
+        summary = json.loads((run / "summary.json").read_text())
+        then, known = summary["configuration"], common.Config().decisive()
+        config = common.Config(
+            **{key: value for key, value in saved["recipe"].items() if key in known},
+            data_dir=data_dir or Path(then["data_dir"]),
+            synthetic=then["synthetic"],
+        )
+        draw_confusion(summary, folder / "confusion.png", plt)
+    yield folder / "confusion.png"
+    data = load_splits(config, saved, common.pick_device("cpu", 0))
     if data.fingerprint != saved["data"]:
         raise common.RunError(f"{config.data_dir}: not the images that {run} was trained on; --data-dir names another")
     draw_mistakes(logits_of(data.test_images, network, saved), data, folder / "mistakes.png", plt)
-    yield folder / "mistakes.png"
+    if (folder / "mistakes.png").exists():
+        yield folder / "mistakes.png"
     draw_samples(data, config, folder / "samples.png", plt)
     yield folder / "samples.png"
 
@@ -158,6 +171,7 @@ def main() -> None:
     with failures_in_one_line():
         matplotlib, _ = optional("matplotlib", "matplotlib.pyplot")
         matplotlib.use("Agg")  # draws into files, needs no screen
+        matplotlib.rcParams["text.parse_math"] = False  # a dollar in a name is a dollar
         folder = options.output_dir or options.runs[0]
         curves = folder / "curves.png"
         for run in options.runs:

@@ -3,8 +3,8 @@
     python -m tools.predict runs/baseline/checkpoint.pt cat.jpg holiday/
     python -m tools.predict results/weights/enhanced.pt cat.jpg --json
 
-Pictures of any size and mode, and folders of them; each is cropped to the square in its centre and resized as the
-training images were. One that cannot be read is named, the others are predicted, and the exit status is 1.
+Pictures of any size, and folders of them; each is cropped to the square in its centre and resized as the training
+images were. One that cannot be read is named, the others are predicted, and the exit status is 1.
 """
 
 import argparse
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import common
-from tools import failures_in_one_line, load_network, logits_of
+from tools import add_device, failures_in_one_line, load_network, logits_of
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".gif"}  # looked for in folders
+SUFFIXES = {*IMG_EXTENSIONS, ".gif"}  # looked for in folders
 
 
 def find_pictures(paths: list[Path]) -> list[Path]:
@@ -66,9 +67,7 @@ def main() -> None:
     parser.add_argument(
         "--top", type=common.reader(int, 1, 1e6), default=3, metavar="N", help="classes to tell (default: %(default)s)"
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: %(default)s)"
-    )
+    add_device(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
     options = parser.parse_args()
     with failures_in_one_line():

@@ -99,7 +99,7 @@ def draw_grid(images: torch.Tensor, titles: list[str], file: Path, plt: Any) -> 
 
 def short(name: str) -> str:
     """Return a name as long as the width of an image allows."""
-    return name if len(name) <= 13 else name[:12] + "\u2026"
+    return name if len(name) <= 11 else name[:10] + "\u2026"
 
 
 def draw_mistakes(logits: torch.Tensor, data: common.Data, file: Path, plt: Any) -> None:

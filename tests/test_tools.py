@@ -361,11 +361,11 @@ def pyplot():
 
 
 def test_the_curves_of_several_runs_are_their_metrics_and_can_be_told_apart(trained, tmp_path, pyplot):
-    run, held_out = trained[0], tmp_path / "other"
-    held_out.mkdir()
-    text = (run / "metrics.csv").read_text()
-    (held_out / "metrics.csv").write_text(text.replace("test_accuracy", "holdout_accuracy"))
-    result = run_tool("plot", run, held_out, "--output-dir", tmp_path)
+    text = (trained[0] / "metrics.csv").read_text()
+    for name, kind in (("one", "test_accuracy"), ("other", "holdout_accuracy")):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run" / "metrics.csv").write_text(text.replace("test_accuracy", kind))
+    result = run_tool("plot", *(tmp_path / name / "run" for name in ("one", "other")), "--output-dir", tmp_path)
     assert result.stdout == f"{tmp_path / 'curves.png'}\n"
     rows, axes = list(csv.DictReader(io.StringIO(text))), pyplot.gcf().axes
     for axis, column in zip(axes, ("loss", "test_accuracy"), strict=True):
@@ -374,7 +374,7 @@ def test_the_curves_of_several_runs_are_their_metrics_and_can_be_told_apart(trai
             assert list(line.get_ydata()) == [float(row[column]) for row in rows]
         assert len({line.get_color() for line in axis.lines}) == len({line.get_linestyle() for line in axis.lines}) == 2
     legend = [entry.get_text() for entry in axes[1].get_legend().get_texts()]
-    assert legend == [str(run), f"{held_out} (held out)"]
+    assert legend == [os.path.join("one", "run"), os.path.join("other", "run") + " (held out)"]
 
 
 def test_what_is_no_run_or_a_damaged_one_is_named(trained, tmp_path):

@@ -10,6 +10,7 @@ confident errors. samples.png: training images as the network sees them, augment
 import argparse
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ MOST = 36  # classes whose names and shares can be read in confusion.png
 def draw_curves(runs: list[Path], file: Path, plt: Any) -> None:
     """Draw loss and accuracy after each epoch; several runs differ in colour and in the kind of line."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    root = os.path.commonpath([run.resolve().parent for run in runs])
     for index, run in enumerate(runs):
-        metrics = read_metrics(run)
+        metrics, label = read_metrics(run), os.path.relpath(run.resolve(), root)
         *_, name = metrics
         style = dict(color=COLORS[index % len(COLORS)], linestyle=LINES[index % len(LINES)])
-        style |= dict(label=f"{run} (held out)" if name == "holdout_accuracy" else str(run))
+        style |= dict(label=f"{label} (held out)" if name == "holdout_accuracy" else label)
         style |= dict(marker="." if len(metrics["epoch"]) < 60 else "")
         for axis, column in zip(axes, ("loss", name), strict=True):
             axis.plot(metrics["epoch"], metrics[column], **style)

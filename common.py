@@ -92,7 +92,9 @@ class Config:
     )
     epochs: int = setting(45, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
-    learning_rate: float = setting(0.025, "peak rate of Muon, for dense and 1x1 convolutions", 0, 1e30)
+    learning_rate: float = setting(
+        0.025, "peak rate of Muon, for dense and 1x1 convolutions and inner linear layers", 0, 1e30
+    )
     adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", 0, 1e30)
     warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", 0, 0.999)
     momentum: float = setting(0.9, "momentum of Muon", 0, 0.999)
@@ -100,11 +102,11 @@ class Config:
     label_smoothing: float = setting(0.1, "probability spread over all classes", 0, 0.999)
     clip_norm: float = setting(0.0, "longest gradient, 0 for no limit", 0, 1e30)
     average: float = setting(0.05, "memory of the averaged weights: this part of all steps, less at first", 0, 0.999)
-    crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 15)
+    crop_padding: int = setting(4, "pixels by which training images are shifted at most", 0, 511)
     flip: str = setting("alternate", "mirror training images; none: for letters", choices=("alternate", "none"))
     cutout: int = setting(8, "side in pixels of a square hidden in training images", 0, 224)
     cutmix: float = setting(0.0, "part of the training images that get a square of another one", 0, 1)
-    photometric: float = setting(0.0, "part of the training images that get one operation on their colours", 0, 1)
+    photometric: float = setting(0.0, "part of the training images that get one of nine operations on colours", 0, 1)
     plain_end: float = setting(0.0, "part of the epochs, at the end, without cutout, cutmix and photometric", 0, 1)
     image_size: int = setting(32, "side in pixels to which class-folder images are brought", 16, 512)
     holdout: int = setting(0, "train without this many images and evaluate on them, for tuning", 0, 1e6)
@@ -130,6 +132,8 @@ class Config:
                 raise ValueError(f"{item.name} must be one of {', '.join(about['choices'])}, got {value}")
             if about["low"] is not None and not about["low"] <= value <= about["high"]:
                 raise ValueError(f"{item.name} must be from {about['low']:g} to {about['high']:g}, got {value}")
+        if self.crop_padding >= self.image_size:
+            raise ValueError(f"crop_padding must be less than image_size {self.image_size}, got {self.crop_padding}")
 
     def decisive(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self) if "place" not in item.metadata}
@@ -183,7 +187,10 @@ def parse_command_line(name: str) -> Config:
     options = parser.parse_args()
     if options.evaluate is True:
         options.evaluate = options.output_dir / "checkpoint.pt"
-    return Config(**vars(options))
+    try:
+        return Config(**vars(options))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 # ---- Device --------------------------------------------------------------------------------------------------------
@@ -598,7 +605,8 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
 
     Which images are reflected alternates from epoch to epoch (Jordan, arXiv 2404.00498), so that any two epochs in
     succession show each image both ways. The square of an image is a piece of another one, whose area is uniform
-    (CutMix; Yun et al., arXiv 1905.04899), or else, of fixed size, grey (cutout; DeVries and Taylor, arXiv 1708.04552).
+    until the border cuts it (CutMix; Yun et al., arXiv 1905.04899, with one square a batch), or else grey, of fixed size
+    (cutout; DeVries and Taylor, arXiv 1708.04552).
     """
     generator = random_generator(config.seed, epoch)
     order = torch.randperm(count, generator=generator)
@@ -611,7 +619,7 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
     side = torch.where(mixed, (config.image_size * area.sqrt()).round().long(), config.cutout)
     operation = torch.randint(0, len(OPERATIONS), (count,), generator=generator)
     operation = torch.where(colored < config.photometric, operation, OPERATIONS.index("none"))
-    if epoch > config.epochs * (1 - config.plain_end):
+    if epoch > config.epochs - round(config.epochs * config.plain_end):
         side, operation = torch.zeros_like(side), torch.full_like(operation, OPERATIONS.index("none"))
     drawn = dict(shift=shift, flip=flip, centre=centre, side=side, mixed=mixed)
     drawn |= dict(operation=operation, strength=2 * strength - 1)

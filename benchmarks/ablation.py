@@ -129,7 +129,8 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
     """Yield the lines of the table.
 
     The standard deviation of one run is taken as the same for all networks and pooled over them. A difference of two
-    means is within its noise when it is less than two of its standard errors.
+    means is within its noise when it is at most two of its standard errors, the noise being that of the seed; of twenty
+    differences that are none, one is expected outside of it. Settings are those tuned on the baseline.
     """
     accuracies: dict[str, list[float]] = {}
     for name in IDEAS:
@@ -144,7 +145,7 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
             return ""
         value = statistics.mean(accuracies[name]) - statistics.mean(accuracies[reference])
         error = 2 * deviation * math.sqrt(1 / len(accuracies[name]) + 1 / len(accuracies[reference]))
-        verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) < error else ""
+        verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) <= error else ""
         return f"{value:+.2f} +- {error:.2f} {verdict}"
 
     yield f"{common.accuracy_name(config)} after {config.epochs} epochs, averaged weights"
@@ -158,6 +159,8 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
         )
     yield f"one run's standard deviation, pooled: {deviation:.2f} points ({freedom} degrees of freedom)"
     yield "+- is twice the standard error of the difference"
+    if len(kinds := {(row["device"], row["versions"]) for row in rows}) > 1:
+        yield f"notice: the runs are of {len(kinds)} kinds of machine or versions, which the differences include"
 
 
 if __name__ == "__main__":

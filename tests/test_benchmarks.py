@@ -1,6 +1,7 @@
 """The benchmarks run, at their smallest, and print what they promise."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -76,7 +77,8 @@ def run_ablation(monkeypatch, tmp_path, *flags):
     def measure(name, seed, flags, runs):
         trained.append((name, seed))
         accuracy = 90 + 2 * ("silu" in name) + [0.0, 0.4, -0.4][seed]
-        return {"accuracy": f"{accuracy:.2f}", "parameters": 3_056_370, "device": "cpu"}
+        device = "another" if seed == 2 and name == "all" else "cpu"
+        return {"accuracy": f"{accuracy:.2f}", "parameters": 3_056_370, "device": device, "versions": "torch 2"}
 
     own = ["--synthetic", "--table", str(tmp_path / "a.csv"), "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["ablation", *own, *flags])
@@ -99,7 +101,8 @@ def test_the_ablation_skips_what_is_done_and_tells_noise_from_differences(monkey
     silu = next(line for line in lines if line.startswith("silu "))
     assert re.search(r"^silu +3 +92\.00 +0\.40 +\+2\.00 \+- 0\.65 +\+2\.00 \+- 0\.65 +3,056,370$", silu)
     assert re.search(r"^stochastic-depth +3 +90\.00 +0\.40 +\+0\.00 \+- 0\.65 within noise", "\n".join(lines), re.M)
-    assert "0.40 points (16 degrees of freedom)" in lines[-2]
+    assert "0.40 points (16 degrees of freedom)" in lines[-3]
+    assert lines[-1].startswith("notice: the runs are of 2 kinds of machine")
 
 
 def test_runs_with_other_settings_are_another_ablation(monkeypatch, tmp_path, capsys):
@@ -113,8 +116,13 @@ def test_a_run_of_the_ablation_is_a_training_like_any_other(tmp_path):
     flags = ["--synthetic", "--epochs", "1", "--image-size", "16", "--threads", "1"]
     row = ablation.measure("silu", 1, flags, tmp_path)
     assert row["parameters"] == 3_056_370
-    assert 0 <= float(row["accuracy"]) <= 100
-    assert common.load_checkpoint(tmp_path / "silu-1" / "checkpoint.pt")["network"]["silu"] is True
+    accuracies = json.loads((tmp_path / "silu-1" / "summary.json").read_text())["test_accuracy"]
+    assert [float(row[key]) for key in ("accuracy", "raw", "with_flip")] == pytest.approx(
+        [accuracies[key] for key in ("averaged", "raw", "averaged_tta")], abs=0.006
+    )
+    saved = common.load_checkpoint(tmp_path / "silu-1" / "checkpoint.pt")
+    assert saved["network"]["silu"] is True
+    assert saved["recipe"]["seed"] == 1
     with pytest.raises(common.RunError, match="silu with seed 1: training ended with status 1"):
         ablation.measure("silu", 1, [*flags, "--learning-rate", "0.01"], tmp_path)
 

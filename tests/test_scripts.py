@@ -201,7 +201,9 @@ def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
     assert wrong.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(("size", "strides"), [(48, "[1, 1, 2, 2, 2]"), (64, "[1, 2, 2, 2, 2]"), (224, "[2, 2, 2, 2, 2]")])
+@pytest.mark.parametrize(
+    ("size", "strides"), [(48, "[1, 1, 2, 2, 2]"), (64, "[1, 2, 2, 2, 2]"), (224, "[2, 2, 2, 2, 2]")]
+)
 def test_the_strides_follow_the_image_size_and_are_told(size, strides, folders, tmp_path):
     result = run_script_here("baseline", *flags(folders, tmp_path / "run", 1), "--image-size", size)
     assert result.returncode == 0, result.stderr

@@ -92,9 +92,7 @@ class Config:
     )
     epochs: int = setting(45, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
-    learning_rate: float = setting(
-        0.025, "peak rate of Muon, for dense and 1x1 convolutions and inner linear layers", 0, 1e30
-    )
+    learning_rate: float = setting(0.025, "peak rate of Muon, which trains the inner matrices", 0, 1e30)
     adam_learning_rate: float = setting(0.004, "peak rate of AdamW, for all else", 0, 1e30)
     warmup: float = setting(0.1, "part of the steps in which the rate rises to its peak", 0, 0.999)
     momentum: float = setting(0.9, "momentum of Muon", 0, 0.999)
@@ -605,7 +603,7 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
 
     Which images are reflected alternates from epoch to epoch (Jordan, arXiv 2404.00498), so that any two epochs in
     succession show each image both ways. The square of an image is a piece of another one, whose area is uniform
-    until the border cuts it (CutMix; Yun et al., arXiv 1905.04899, with one square a batch), or else grey, of fixed size
+    until the border cuts it (CutMix; Yun et al., arXiv 1905.04899, with one square a batch), or grey, of fixed size
     (cutout; DeVries and Taylor, arXiv 1708.04552).
     """
     generator = random_generator(config.seed, epoch)

@@ -125,6 +125,9 @@ def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
     result = run_script("baseline", "--epochs", 0, "--output-dir", tmp_path / "run")
     assert result.returncode == 2
     assert "--epochs" in result.stderr
+    result = run_script_here("baseline", "--crop-padding", 32, "--output-dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert result.stderr.endswith("error: crop_padding must be less than image_size 32, got 32\n")
     assert not (tmp_path / "run").exists()
 
 

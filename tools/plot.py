@@ -89,7 +89,7 @@ def draw_grid(images: torch.Tensor, titles: list[str], file: Path, plt: Any) -> 
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 1.85 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(1.7 * columns, 2.05 * rows), layout="constrained", squeeze=False
     )
     for axis in axes.flat:
         axis.axis("off")

@@ -142,6 +142,13 @@ def test_a_folder_of_some_classes_is_evaluated_with_the_labels_of_the_network(tr
     assert refused.stderr == f"error: {some}: the network has no class truck\n"
 
 
+def test_a_class_called_train_is_not_taken_for_a_bare_folder_of_classes(trained, tmp_path):
+    folders = write_folders(tmp_path / "vehicles", classes=["boat", "train"])
+    saved = common.load_checkpoint(trained[0] / "checkpoint.pt") | {"classes": ["boat", "train"]}
+    data, _ = tools.load_data(saved, folders, torch.device("cpu"))
+    assert (len(data.train_images), len(data.test_images)) == (40, 7)
+
+
 def test_measures_are_those_of_their_definitions():
     generator = torch.Generator().manual_seed(0)
     logits, labels = 3 * torch.randn(400, 7, generator=generator), torch.randint(0, 7, (400,), generator=generator)

@@ -973,7 +973,8 @@ def predict(network: nn.Module, images: Tensor, data: Data, config: Config, *, f
     network.eval()
     forward, (rank, size) = make_forward(network, data, config), rank_and_size()
     logits = torch.zeros(len(images), len(data.classes), device=images.device)
-    batches = list(zip(images.split(250), logits.split(250), strict=True))
+    share = max(1, min(250, 2**21 // images.shape[1] ** 2))  # at most two million pixels at a time
+    batches = list(zip(images.split(share), logits.split(share), strict=True))
     for batch, result in batches[rank::size]:
         result.copy_(forward(batch.flip(2) if flip else batch))
     if size > 1:
@@ -1000,7 +1001,7 @@ def evaluate(state: State, data: Data, config: Config) -> dict[str, Any]:
         accuracies |= {weights: accuracy(logits, labels), weights + "_tta": accuracy(logits + mirrored, labels)}
         if weights == HEADLINE:
             confusion = (labels * classes + logits.argmax(1)).bincount(minlength=classes**2).view(classes, classes)
-    per_class = 100 * confusion.diag() / confusion.sum(1)
+    per_class = 100 * confusion.diag().double() / confusion.sum(1)
     return {
         accuracy_name(config): accuracies,
         "per_class_accuracy": dict(zip(data.classes, per_class.tolist(), strict=True)),
@@ -1269,12 +1270,13 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         print(f"{accuracy_name(config)} {weights:<13}{value:6.2f}%{'  (headline)' if weights == HEADLINE else ''}")
     if config.synthetic:
         print("the images are made up: this accuracy means nothing")
-    if not config.evaluate and rank == 0:
+    if rank == 0 and not config.evaluate and (done < config.epochs or not summary.exists()):
         report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
         report["seconds"] = None if math.isnan(seconds) else round(seconds, 1)
         report |= {"network": about["network"], "configuration": asdict(config)}
-        with replacing(config.output_dir / "summary.json") as file:
+        with replacing(summary) as file:
             file.write(json.dumps(report, indent=2, default=str).encode())
+    if rank == 0 and not config.evaluate:
         print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")
 
 
@@ -1310,8 +1312,7 @@ def train(state: State, data: Data, config: Config, about: dict[str, Any], done:
                     file.write("\n".join([names, *lines, ""]).encode())
                 save_checkpoint(path, state, epoch, about)
             with tqdm.external_write_mode():
-                text = f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}"
-                print(text)
+                print(f"{epoch:>5}  {rate:>13.6f}  {loss:>7.4f}  {result:>26.2f}%  {speed:>8.1f}  {seconds:>7.1f}")
     return sum(float(line.rsplit(",", 1)[1]) for line in lines)
 
 
@@ -1334,7 +1335,8 @@ def failures_in_one_line(config: Config) -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         """End at once: an exception would wait for others' code, which may swallow it, and for a second Ctrl-C."""
         for name in ("checkpoint.pt", "metrics.csv", "summary.json"):
-            (config.output_dir / f"{name}.tmp").unlink(missing_ok=True)
+            if not config.evaluate and not config.summary:  # which may look at what another process is writing
+                (config.output_dir / f"{name}.tmp").unlink(missing_ok=True)
         line = "interrupted; the same command (without --fresh) continues after the last finished epoch\n"
         os.write(2, ("\r\x1b[K" * sys.stderr.isatty() + line).encode())  # over what is left of a progress bar
         os._exit(130)
@@ -1380,6 +1382,8 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
         arguments: Returns plain values, which are kept in the checkpoint, for a configuration.
     """
     config = parse_command_line(name)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # what was asked for has been begun
+        config = replace(config, fresh=False)
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed: the next file opened, a checkpoint, would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115

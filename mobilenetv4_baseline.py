@@ -333,8 +333,8 @@ def network_arguments(config: common.Config) -> dict[str, Any]:
     """Return what the script builds its network with.
 
     The strides follow the image size: they leave a last map of 4 to 8 pixels a side, from 128 pixels on the paper's
-    1/32. With --recipe long, from 32 to 255 pixels, its side is twice as long, which at 32 pixels costs 2.7
-    times the multiply-accumulates at 32 pixels.
+    1/32. With --recipe long, from 32 to 255 pixels, its side is twice as long, which at 32 pixels costs 2.7 times
+    the multiply-accumulates.
     """
     side = 8 if config.recipe == "long" else 4
     halvings = (config.image_size // side).bit_length() - 1

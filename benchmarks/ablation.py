@@ -1,7 +1,7 @@
 """What each of the three ideas of the enhanced network brings: alone, and taken away from all three.
 
     python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10               # the default recipe: for a GPU
-    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10 --epochs 4    # some hours on two CPU cores
+    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10 --epochs 3    # some hours on two CPU cores
 
 Any other flag is one of the training's (see `python mobilenetv4_enhanced.py --help`). Each run becomes a row of
 results/ablation.csv; a run that has one is skipped, one that was interrupted continues, so the same command continues
@@ -95,10 +95,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--seeds", type=common.reader(int, 1, 1e6), default=3, help="runs of each network, with seeds from 0"
+        "--seeds", type=common.reader(int, 1, 1e6), default=3, help="runs of each network, seeds 0, 1, ... (default: 3)"
     )
-    parser.add_argument("--table", type=Path, default=Path("results/ablation.csv"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where the runs are kept")
+    parser.add_argument(
+        "--table", type=Path, default=Path("results/ablation.csv"), help="a row for each run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/ablation"), help="where the runs are kept (default: %(default)s)"
+    )
     parser.add_argument("--train", choices=IDEAS, help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()
     sys.argv[1:] = flags
@@ -140,13 +144,16 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
     squares = sum((len(values) - 1) * statistics.variance(values) for values in accuracies.values() if len(values) > 1)
     deviation = math.sqrt(squares / freedom) if freedom else math.nan
 
-    def difference(name: str, reference: str) -> str:
-        if name == reference or reference not in accuracies:
+    means = {name: statistics.mean(values) for name, values in accuracies.items()}
+
+    def difference(names: list[str], references: list[str]) -> str:
+        """Compare as many networks with as many others; "" with one that is missing or compared with itself."""
+        if names == references or not {*names, *references} <= means.keys():
             return ""
-        value = statistics.mean(accuracies[name]) - statistics.mean(accuracies[reference])
-        error = 2 * deviation * math.sqrt(1 / len(accuracies[name]) + 1 / len(accuracies[reference]))
+        value = sum(means[name] for name in names) - sum(means[name] for name in references)
+        error = 2 * deviation * math.sqrt(sum(1 / len(accuracies[name]) for name in (*names, *references)))
         verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) <= error else ""
-        return f"{value:+.2f} +- {error:.2f} {verdict}"
+        return f"{value / len(names):+.2f} +- {error / len(names):.2f} {verdict}"
 
     yield f"{common.accuracy_name(config)} after {config.epochs} epochs, averaged weights"
     yield f"{'':<28}{'runs':>5}{'mean':>8}{'sd':>7}   {'to the baseline':<29}{'to all three':<29}parameters"
@@ -154,9 +161,13 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
         own = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "?"
         size = next(row["parameters"] for row in rows if row["network"] == name)
         yield (
-            f"{name:<28}{len(values):>5}{statistics.mean(values):>8.2f}{own:>7}   {difference(name, 'baseline'):<29}"
-            f"{difference(name, 'all'):<29}{int(size):,}"
+            f"{name:<28}{len(values):>5}{means[name]:>8.2f}{own:>7}   {difference([name], ['baseline']):<29}"
+            f"{difference([name], ['all']):<29}{int(size):,}"
         )
+    for index, idea in enumerate(list(IDEAS)[1:4]):
+        having, lacking = ([name for name in IDEAS if bool(IDEAS[name][index]) is has] for has in (True, False))
+        if text := difference(having, lacking):
+            yield f"the four networks with {idea} less the four without it: {text}".rstrip()
     yield f"one run's standard deviation, pooled: {deviation:.2f} points ({freedom} degrees of freedom)"
     yield "+- is twice the standard error of the difference"
     if len(kinds := {(row["device"], row["versions"]) for row in rows}) > 1:

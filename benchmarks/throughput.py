@@ -32,9 +32,8 @@ from tqdm import tqdm
 import common
 import mobilenetv4_baseline
 from mobilenetv4_baseline import MobileNetV4
-from mobilenetv4_enhanced import enhanced_mobilenetv4
+from tools import BUILDERS
 
-BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 PROJECT_SIZE = 50_000  # images of CIFAR-10, by which the project's loop decides whether to compile
 
 
@@ -315,12 +314,15 @@ def setting(text: str) -> tuple[str, Any]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu")
-    parser.add_argument("--batch-size", type=int, default=common.Config.batch_size)
-    parser.add_argument("--images", type=int, default=2560, help="in an epoch of one turn")
-    parser.add_argument("--turns", type=int, default=5, help="processes of each contender")
+    default = "(default: %(default)s)"
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help=f"where to train {default}")
+    parser.add_argument("--batch-size", type=int, default=common.Config.batch_size, help=f"images per step {default}")
+    parser.add_argument("--images", type=int, default=2560, help=f"in an epoch of one turn {default}")
+    parser.add_argument("--turns", type=int, default=5, help=f"processes of each contender {default}")
     parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
-    parser.add_argument("--contenders", nargs="+", default=["plain", "baseline", "enhanced"])
+    parser.add_argument(
+        "--contenders", nargs="+", default=["plain", "baseline", "enhanced"], help=f"what takes turns {default}"
+    )
     parser.add_argument("--levers", choices=BUILDERS, help="a variant, and without each of the loop's levers")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the project's settings")
     parser.add_argument("--work", help=argparse.SUPPRESS)

@@ -152,6 +152,22 @@ def test_each_process_evaluates_its_share_and_none_twice(monkeypatch):
     assert all((share[:, 0] != 0).sum() in (350, 500) or (share[:, 0] != 0).sum() == 250 for share in shares)
 
 
+def test_large_images_are_evaluated_a_few_at_a_time():
+    batches = []
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        batches.append(len(images))
+        return images.mean((2, 3))
+
+    network.eval = lambda: None
+    data, config = small_data(), Config(precision="fp32")
+    for size, most in ((32, 250), (128, 128), (512, 8)):
+        batches.clear()
+        common.predict(network, torch.zeros(300, 1, 1, 3, dtype=torch.uint8).expand(300, size, size, 3), data, config)
+        assert max(batches) == most
+        assert sum(batches) == 300
+
+
 def test_tensors_are_averaged_over_processes_in_place(monkeypatch):
     tensors = [torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])]
     monkeypatch.setattr(common, "rank_and_size", lambda: (0, 2))

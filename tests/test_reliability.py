@@ -241,6 +241,24 @@ def test_code_that_swallows_exceptions_does_not_make_a_run_deaf_to_ctrl_c(tmp_pa
     assert in_a_child("", swallow) == 130
 
 
+def test_ctrl_c_while_evaluating_leaves_alone_what_another_process_is_writing(tmp_path):
+    (tmp_path / "checkpoint.pt.tmp").write_text("half")
+
+    def evaluate() -> None:
+        with common.failures_in_one_line(Config(output_dir=tmp_path, evaluate=tmp_path / "checkpoint.pt")):
+            signal.raise_signal(signal.SIGINT)
+
+    assert in_a_child("", evaluate) == 130
+    assert (tmp_path / "checkpoint.pt.tmp").read_text() == "half"
+
+
+def test_a_fresh_run_that_torchrun_restarts_continues_what_it_began(half_done, pictures, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run_script_here("baseline", *flags(pictures, half_done, EPOCHS), "--fresh")
+    assert result.returncode == 0, result.stderr
+    assert "continuing after epoch" in result.stdout
+
+
 def test_a_run_in_the_background_stays_deaf_to_ctrl_c(half_done, pictures):
     process = start(
         "baseline",

@@ -54,13 +54,14 @@ def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, t
 def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, tmp_path):
     output = tmp_path / "run"
     first = run_script("baseline", *flags(folders, output, 1))
-    content = (output / "checkpoint.pt").read_bytes()
-    again = run_script("baseline", *flags(folders, output, 1))
+    content, summary = ((output / name).read_bytes() for name in ("checkpoint.pt", "summary.json"))
+    again = run_script("baseline", *flags(folders, output, 1), "--threads", 2)
     assert again.returncode == 0, again.stderr
     assert "nothing to train" in again.stdout
     accuracies = [re.findall(r"^test_accuracy .*%", result.stdout, re.M) for result in (first, again)]
     assert len(accuracies[0]) == 4
     assert accuracies[0] == accuracies[1]
+    assert (output / "summary.json").read_bytes() == summary  # of what trained, not of what evaluates
 
     evaluated = run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", output)
     assert re.findall(r"^test_accuracy .*%", evaluated.stdout, re.M) == accuracies[0]

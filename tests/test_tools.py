@@ -392,10 +392,11 @@ def test_what_is_no_run_or_a_damaged_one_is_named(trained, tmp_path):
     (copy / "summary.json").write_text("{")
     result = run_tool("plot", copy)
     assert result.stderr.startswith(f"error: {copy / 'summary.json'}: not a usable summary (")
-    (copy / "metrics.csv").write_text("epoch,loss\n1,2\n")
-    result = run_tool("plot", copy)
-    assert result.stderr.startswith(f"error: {copy / 'metrics.csv'}: not a usable table (")
-    assert result.stderr.count("\n") == 1
+    for damaged in (b"epoch,loss\n1,2\n", b"\xff\xfe"):
+        (copy / "metrics.csv").write_bytes(damaged)
+        result = run_tool("plot", copy)
+        assert result.stderr.startswith(f"error: {copy / 'metrics.csv'}: not a usable table (")
+        assert result.stderr.count("\n") == 1
 
 
 def test_mistakes_are_the_most_confident_ones_under_titles_that_do_not_overlap(tmp_path, pyplot):

@@ -52,12 +52,13 @@ def read_metrics(run: Path) -> dict[str, list[float]]:
         RunError: if it is not there, empty, or of another program.
     """
     table = run / "metrics.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    with common.reading(table, "table"):
+        rows = list(csv.DictReader(table.open())) if table.exists() else []
+        name = "test_accuracy" if rows and "test_accuracy" in rows[0] else "holdout_accuracy"
+        columns = {column: [float(row[column]) for row in rows] for column in ("epoch", "loss", name)}
     if not rows:
         raise common.RunError(f"{table}: no epochs there; expected the folder of a run")
-    with common.reading(table, "table"):
-        name = "test_accuracy" if "test_accuracy" in rows[0] else "holdout_accuracy"
-        return {column: [float(row[column]) for row in rows] for column in ("epoch", "loss", name)}
+    return columns
 
 
 def draw_confusion(summary: dict[str, Any], file: Path, plt: Any) -> None:

@@ -53,9 +53,9 @@ def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, t
 
 def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, tmp_path):
     output = tmp_path / "run"
-    first = run_script("baseline", *flags(folders, output, 1))
+    first = run_script_here("baseline", *flags(folders, output, 1))
     content, summary = ((output / name).read_bytes() for name in ("checkpoint.pt", "summary.json"))
-    again = run_script("baseline", *flags(folders, output, 1), "--threads", 2)
+    again = run_script_here("baseline", *flags(folders, output, 1), "--data-url", "http://elsewhere")
     assert again.returncode == 0, again.stderr
     assert "nothing to train" in again.stdout
     accuracies = [re.findall(r"^test_accuracy .*%", result.stdout, re.M) for result in (first, again)]
@@ -67,17 +67,17 @@ def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, t
     assert re.findall(r"^test_accuracy .*%", evaluated.stdout, re.M) == accuracies[0]
 
     nowhere = ("--data-dir", folders / "nowhere", "--data-url", "http://127.0.0.1:9/")  # told before it is looked at
-    other = run_script("baseline", *flags(folders, output, 3), "--learning-rate", "0.01", *nowhere)
+    other = run_script_here("baseline", *flags(folders, output, 3), "--learning-rate", "0.01", *nowhere)
     assert other.returncode == 1
     assert other.stdout == ""
     for part in ("epochs was 1 and is now 3", "learning_rate was 0.025 and is now 0.01", "--output-dir", "--fresh"):
         assert part in other.stderr
     assert other.stderr.count("\n") == 1
     Image.new("RGB", (32, 32)).save(folders / "train" / CLASSES[0] / "another.png")
-    changed = run_script("baseline", *flags(folders, output, 1))
+    changed = run_script_here("baseline", *flags(folders, output, 1))
     assert changed.returncode == 1
     assert re.search(r"data was 40 \+ 7 images, \w+ and is now 41 \+ 7 images, \w+; .*--output-dir", changed.stderr)
-    enhanced = run_script("enhanced", *flags(folders, output, 1))
+    enhanced = run_script_here("enhanced", *flags(folders, output, 1))
     assert enhanced.returncode == 1
     assert "variant was baseline and is now enhanced" in enhanced.stderr
     assert (output / "checkpoint.pt").read_bytes() == content

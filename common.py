@@ -1270,13 +1270,13 @@ def run(name: str, build: Callable[..., nn.Module], arguments: dict[str, Any], c
         print(f"{accuracy_name(config)} {weights:<13}{value:6.2f}%{'  (headline)' if weights == HEADLINE else ''}")
     if config.synthetic:
         print("the images are made up: this accuracy means nothing")
-    if rank == 0 and not config.evaluate and (done < config.epochs or not summary.exists()):
-        report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
-        report["seconds"] = None if math.isnan(seconds) else round(seconds, 1)
-        report |= {"network": about["network"], "configuration": asdict(config)}
-        with replacing(summary) as file:
-            file.write(json.dumps(report, indent=2, default=str).encode())
-    if rank == 0 and not config.evaluate:
+    if not config.evaluate and rank == 0:
+        if done < config.epochs or not summary.exists():  # a finished run's stays that of what trained
+            report = {"variant": name, "epochs": config.epochs, "headline": HEADLINE, **results, **facts}
+            report["seconds"] = None if math.isnan(seconds) else round(seconds, 1)
+            report |= {"network": about["network"], "configuration": asdict(config)}
+            with replacing(summary) as file:
+                file.write(json.dumps(report, indent=2, default=str).encode())
         print(f"{seconds:,.0f} seconds; checkpoint.pt, metrics.csv and summary.json are in {config.output_dir}")
 
 
@@ -1334,9 +1334,9 @@ def failures_in_one_line(config: Config) -> Iterator[None]:
 
     def interrupt(*_: Any) -> None:
         """End at once: an exception would wait for others' code, which may swallow it, and for a second Ctrl-C."""
-        for name in ("checkpoint.pt", "metrics.csv", "summary.json"):
-            if not config.evaluate and not config.summary:  # which may look at what another process is writing
-                (config.output_dir / f"{name}.tmp").unlink(missing_ok=True)
+        writes = not config.evaluate and not config.summary  # else the files are another process's
+        for name in ("checkpoint.pt", "metrics.csv", "summary.json") if writes else ():
+            (config.output_dir / f"{name}.tmp").unlink(missing_ok=True)
         line = "interrupted; the same command (without --fresh) continues after the last finished epoch\n"
         os.write(2, ("\r\x1b[K" * sys.stderr.isatty() + line).encode())  # over what is left of a progress bar
         os._exit(130)

@@ -481,7 +481,7 @@ def test_evaluation_counts_every_image_once_and_adds_the_reflected_ones():
     assert confusion.sum(1).tolist() == data.test_labels.bincount().tolist()
     assert confusion.trace() == expected[common.HEADLINE]
     per_class = {name: 100 * confusion[i, i] / confusion[i].sum() for i, name in enumerate(data.classes)}
-    assert results["per_class_accuracy"] == pytest.approx(per_class)
+    assert results["per_class_accuracy"] == pytest.approx(per_class, rel=1e-12)
 
 
 def test_a_held_out_accuracy_is_called_so():

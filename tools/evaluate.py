@@ -1,10 +1,10 @@
-"""Evaluate a trained network on the test images of CIFAR-10 or of a folder of class folders.
+"""Evaluate a trained network on the images that its run was evaluated on, or on others.
 
     python -m tools.evaluate runs/baseline/checkpoint.pt
     python -m tools.evaluate results/weights/enhanced.pt --data-dir pictures/test --flip --json
 
 Prints top-1 accuracy, top-5 where there are more than five classes, the cross-entropy, the expected calibration error,
-precision and recall of each class, and the confusion matrix (rows: true classes).
+precision and recall of each class, and the confusion matrix. A run with --holdout is evaluated on its held-out images.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import common
-from tools import add_device, failures_in_one_line, load_data, load_network
+from common import HEADLINE, by_class, predict, score
+from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
+from training.config import RunError, printable
+from training.cpu import keep_freed_memory
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -36,79 +37,91 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
 
 def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
     """Return all measures of logits (N, classes) against labels (N,); accuracies and the like in per cent."""
-    count, probabilities = len(classes), logits.softmax(1)
-    confusion = (labels * count + logits.argmax(1)).bincount(minlength=count**2).view(count, count)
-    hits, truly, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    results: dict[str, Any] = {"images": len(labels), "top1": common.accuracy(logits, labels)}
-    if count > 5:
+    top1, loss = score(logits, labels).values()
+    results: dict[str, Any] = {"images": len(labels), "top1": top1}
+    if len(classes) > 5:
         within = (logits.topk(5).indices == labels[:, None]).any(1)
         results["top5"] = 100 * within.double().mean().item()
-    results["loss"] = F.cross_entropy(logits, labels).item()
-    results["calibration_error"] = calibration_error(probabilities, labels)
-    results["classes"] = {
+    results |= {"loss": loss, "calibration_error": calibration_error(logits.softmax(1), labels)}
+    results["classes"] = precision_and_recall(logits.argmax(1), labels, classes)
+    return results | {"confusion_matrix": by_class(logits, labels, classes)["confusion_matrix"]}
+
+
+def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, dict[str, Any]]:
+    """Return images, recall and precision of each class; None where there is nothing to divide by."""
+    groups = labels[predicted == labels], labels, predicted
+    counts = zip(*(group.bincount(minlength=len(classes)).tolist() for group in groups), strict=True)
+    return {
         name: {
-            "images": truly[index].item(),
-            "recall": 100 * hits[index].item() / truly[index].item() if truly[index] else None,
-            "precision": 100 * hits[index].item() / predicted[index].item() if predicted[index] else None,
+            "images": images,
+            "recall": 100 * hits / images if images else None,
+            "precision": 100 * hits / taken if taken else None,
         }
-        for index, name in enumerate(classes)
+        for name, (hits, images, taken) in zip(classes, counts, strict=True)
     }
-    results["confusion_matrix"] = confusion.tolist()
-    return results
 
 
 def report(results: dict[str, Any]) -> str:
     """Return the measures as a text for people."""
-    lines = [f"{results['images']:,} images, {results['weights']} weights" + ", with flip averaging" * results["flip"]]
+    whose = "the run's own" if results["own"] else "not the run's own"
+    flip = ", with flip averaging" * results["flip"]
+    lines = [f"{results['split']}: {results['images']:,} images, {whose} ({printable(results['data'])})"]
+    lines.append(f"{results['weights']} weights{flip}\n")
     lines.append(f"top-1 accuracy     {results['top1']:6.2f}%")
     if "top5" in results:
         lines.append(f"top-5 accuracy     {results['top5']:6.2f}%")
     lines.append(f"cross-entropy      {results['loss']:7.4f}")
     lines.append(f"calibration error  {results['calibration_error']:6.2f}%")
-    wide = max(8, *map(len, results["classes"]))
+    names = [printable(name) for name in results["classes"]]
+    wide = max(8, *map(len, names))
     lines.append(f"\n{'class':<{wide}}  images  recall  precision")
-    for name, row in results["classes"].items():  # some may be neither among the images nor predicted
+    for name, row in zip(names, results["classes"].values(), strict=True):
         recall, precision = ("-" if row[key] is None else f"{row[key]:.2f}%" for key in ("recall", "precision"))
         lines.append(f"{name:<{wide}}  {row['images']:>6}{recall:>8}{precision:>11}")
-    cell = max(5, len(str(max(map(max, results["confusion_matrix"])))) + 1)
-    numbers = "".join(f"{index:>{cell}}" for index in range(len(results["classes"])))
+    matrix = results["confusion_matrix"]
+    if isinstance(matrix, str):
+        return "\n".join([*lines, f"\nconfusion matrix {matrix}"])
+    cell = max(5, len(str(max(map(max, matrix)))) + 1)
+    numbers = "".join(f"{index:>{cell}}" for index in range(len(names)))
     lines.append(f"\n{'true':<{wide}}{numbers}   predicted, by number")
-    for index, (name, row) in enumerate(zip(results["classes"], results["confusion_matrix"], strict=True)):
+    for index, (name, row) in enumerate(zip(names, matrix, strict=True)):
         lines.append(f"{name:<{wide}}" + "".join(f"{value:>{cell}}" for value in row) + f"   {index}")
     return "\n".join(lines)
 
 
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    trained = load_network(options.checkpoint, weights=options.weights, on=options.device)
+    if options.flip and trained.config.flip == "none":
+        raise RunError("--flip: this network was trained with --flip none, so that mirror images mean nothing to it")
+    with contextlib.redirect_stdout(sys.stderr):  # notices
+        data, facts = load_images(trained, options.data_dir, test_set=options.test_set)
+    logits = predict(trained.network, data.test_images, data, trained.config)
+    if options.flip:
+        logits = (logits + predict(trained.network, data.test_images, data, trained.config, flip=True)) / 2
+    facts |= {"checkpoint": str(options.checkpoint), "weights": options.weights, "flip": options.flip}
+    return facts | measure(logits, data.test_labels.cpu(), data.classes)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
     parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=common.Config.data_dir,
-        help="CIFAR-10, or folders of the classes, alone or in train/ and test/ (default: %(default)s)",
+        "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
     )
+    parser.add_argument("--test-set", action="store_true", help="the test images, even where the run had --holdout")
     parser.add_argument(
         "--weights",
         choices=("averaged", "raw"),
-        default=common.HEADLINE,
-        help="averaged over the last steps, or raw, those of the last one (default: %(default)s)",
+        default=HEADLINE,
+        help="averaged: the EMA; raw: after the last step (default: %(default)s)",
     )
-    parser.add_argument("--flip", action="store_true", help="average the logits of each image and of its reflection")
+    parser.add_argument("--flip", action="store_true", help="test-time augmentation: average with the mirror image")
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    with failures_in_one_line():
-        common.keep_freed_memory()
-        device = common.pick_device(options.device, 0)
-        network, saved = load_network(options.checkpoint, weights=options.weights)
-        with contextlib.redirect_stdout(sys.stderr):  # notices
-            data, config = load_data(saved, options.data_dir, device)
-        network.to(device, memory_format=common.layout(device))
-        logits = common.predict(network, data.test_images, data, config)
-        if options.flip:
-            logits = (logits + common.predict(network, data.test_images, data, config, flip=True)) / 2
-        results = {"checkpoint": str(options.checkpoint), "weights": options.weights, "flip": options.flip}
-        results |= measure(logits, data.test_labels.cpu(), data.classes)
+    with exit_in_one_line():
+        keep_freed_memory()
+        results = evaluate(options)
         print(json.dumps(results) if options.json else report(results))
 
 

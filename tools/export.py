@@ -1,40 +1,45 @@
-"""Ship a trained network, in the form that the suffix of FILE tells.
+"""Export a trained network, in the format that the ending of FILE names.
 
-    python -m tools.export runs/baseline/checkpoint.pt baseline.onnx --int8 --data-dir data    # also baseline.int8.onnx
+    python -m tools.export runs/baseline/checkpoint.pt baseline.onnx --int8    # also baseline.int8.onnx
     python -m tools.export runs/baseline/checkpoint.pt baseline.pt2    # torch.export
-    python -m tools.export runs/baseline/checkpoint.pt baseline.pt     # weights alone, in half precision
+    python -m tools.export runs/baseline/checkpoint.pt baseline.pt     # EMA weights alone, in half precision
 
-The first two take plain RGB images in 0..1, float32 (N, 3, H, W) of the training's size, to logits (N, classes): the
-normalisation is inside, BN is folded into the convolutions. What was written is compared with the network before it is
-kept. Then come size, latency of a single image on this CPU, and with --data-dir the accuracy on the test images, which
-tells what --int8 costs. ONNX needs `pip install onnx onnxscript onnxruntime`. Weights alone are for --evaluate, for
---init-from and for these tools.
+The first two map plain RGB images in 0..1, float32 (N, 3, H, W) of the training's size, to logits (N, classes): the
+normalisation is inside, BN is folded. Before they are written they are compared with the network. Printed are size,
+latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs `pip install onnx onnxscript
+onnxruntime`. Weights alone are for --init-from and for these tools.
 """
 
 import argparse
+import contextlib
 import copy
 import io
 import json
-import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-import common
-from tools import failures_in_one_line, load_data, load_network, optional
+from common import HEADLINE, score
+from tools import Trained, exit_in_one_line, load_images, load_network, make_folder, new_parser, optional
+from training.augmentation import random_generator
+from training.checkpoint import load, write
+from training.config import RunError, printable
+from training.data import Data
+from training.files import atomic_write
+from training.schema import SCHEMA
 
 TOLERANCE = 1e-3  # of the largest logit, between what was written and the network in float32
 Run = Callable[[np.ndarray], np.ndarray]  # from images, float32 (N, 3, H, W) in 0..1, to logits (N, classes)
 
 
-# ---- The network as it is shipped ----------------------------------------------------------------------------------
+# ---- The network to deploy -----------------------------------------------------------------------------------------
 
 
 class Deployed(nn.Module):
@@ -43,11 +48,11 @@ class Deployed(nn.Module):
     Shapes: RGB images in 0..1 (N, 3, H, W) -> logits (N, classes).
     """
 
-    def __init__(self, network: nn.Module, mean: list[float], std: list[float]) -> None:
+    def __init__(self, trained: Trained) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-        self.network = fold(copy.deepcopy(network).eval())
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(trained.saved[name]).view(1, 3, 1, 1))
+        self.network = fold(copy.deepcopy(trained.network))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.std)
@@ -78,85 +83,73 @@ def plain_convolution(layer: nn.Conv2d) -> nn.Conv2d:
 # ---- Formats -------------------------------------------------------------------------------------------------------
 
 
-def write_weights(checkpoint: Path, file: Path) -> None:
-    """Write the averaged weights and BN statistics as float16, with the settings, classes, mean and std of the run.
-
-    Raises:
-        RunError: if the checkpoint cannot be read, or the file not written.
-    """
-    saved = common.load_checkpoint(checkpoint)
-    kept = {key: value for key, value in saved.items() if key != "optimizer"}
-    weights = saved[common.HEADLINE]
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+def write_weights(trained: Trained, file: Path) -> None:
+    """Write the EMA of weights and BN statistics as float16, with the settings, classes, mean and std of the run."""
+    saved = trained.saved
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in saved[HEADLINE].items()}
     for name, tensor in halves.items():
         if not tensor.isfinite().all():
-            raise common.RunError(f"{checkpoint}: {name} has values beyond the range of half precision")
-    common.write_checkpoint(file, kept | {"model": {}, "averaged": halves})
+            raise RunError(f"{printable(trained.path)}: {name} has values beyond the range of half precision")
+    write(file, {key: saved[key] for key in SCHEMA} | {"model": {}, "averaged": halves})
 
 
-def write_onnx(deployed: Deployed, images: Tensor, file: Path, saved: dict[str, Any]) -> None:
-    """Write ONNX with any number of images, and classes and image size as its metadata."""
+def example_images(trained: Trained, count: int) -> Tensor:
+    return torch.rand(count, 3, trained.config.image_size, trained.config.image_size)
+
+
+def to_program(trained: Trained) -> torch.export.ExportedProgram:
+    """Return a program that takes any number of images."""
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    return torch.export.export(Deployed(trained).eval(), (example_images(trained, 2),), dynamic_shapes=shapes)
+
+
+def to_onnx(trained: Trained) -> bytes:
+    """Return ONNX with classes (JSON) and image size as its metadata."""
     onnx, *_ = optional("onnx", "onnxscript", "onnxruntime")
-    torch.onnx.export(
-        deployed,
-        (images,),
-        file,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
-    model = onnx.load(file)
-    onnx.helper.set_model_props(
-        model, {"classes": "\n".join(saved["classes"]), "image_size": str(saved["image_size"]), "input": "RGB in 0..1"}
-    )
-    onnx.save(model, file)
+    names = dict(input_names=["images"], output_names=["logits"])
+    model = torch.onnx.export(to_program(trained), **names, dynamo=True, verbose=False).model_proto
+    classes, size = json.dumps(trained.saved["classes"]), str(trained.saved["image_size"])
+    onnx.helper.set_model_props(model, {"classes": classes, "image_size": size, "input": "RGB in 0..1"})
+    return model.SerializeToString()
 
 
-def run_onnx(file: Path) -> Run:
+def run_onnx(content: bytes) -> Run:
     (onnxruntime,) = optional("onnxruntime")
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0]
 
 
-def write_pt2(deployed: Deployed, images: Tensor, file: Path, saved: dict[str, Any]) -> None:
-    """Write a torch.export program with any number of images, and classes and image size as an extra file."""
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    about = json.dumps({key: saved[key] for key in ("classes", "image_size")})
-    program = torch.export.export(deployed, (images,), dynamic_shapes=shapes)
-    content = io.BytesIO()  # for writing, PyTorch's own errors are not OSErrors
-    torch.export.save(program, content, extra_files={"about.json": about})
-    file.write_bytes(content.getvalue())
+def to_pt2(trained: Trained) -> bytes:
+    """Return an archive of torch.export with classes and image size as about.json."""
+    about, content = json.dumps({key: trained.saved[key] for key in ("classes", "image_size")}), io.BytesIO()
+    torch.export.save(to_program(trained), content, extra_files={"about.json": about})
+    return content.getvalue()
 
 
-def run_pt2(file: Path) -> Run:
-    module = torch.export.load(file).module()
+def run_pt2(content: bytes) -> Run:
+    module = torch.export.load(io.BytesIO(content)).module()
     return lambda images: module(torch.from_numpy(images)).detach().numpy()
 
 
-def quantize(source: Path, target: Path, images: np.ndarray) -> None:
-    """Quantise ONNX to 8 bits after training, with ranges from `images`, float32 (N, 3, H, W) in 0..1."""
-    (quantization,) = optional("onnxruntime.quantization")
+def quantize(content: bytes, images: np.ndarray) -> bytes:
+    """Return ONNX quantised to 8 bits after training, with ranges from `images`, float32 (N, 3, H, W) in 0..1."""
+    onnx, quantization = optional("onnx", "onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter(np.array_split(images, max(1, len(images) // 64)))
+        batches = iter(np.array_split(images, max(1, len(images) // 64)))
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             batch = next(self.batches, None)
             return None if batch is None else {"images": batch}
 
-    quantization.quantize_static(
-        source,
-        target,
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        activation_type=quantization.QuantType.QUInt8,
-        weight_type=quantization.QuantType.QInt8,
-        per_channel=True,
-    )
+    types = dict(activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = onnx.load_from_string(content), Path(folder, "int8.onnx")
+        quantization.quantize_static(source, target, Reader(), per_channel=True, **types)
+        return target.read_bytes()
+
+
+FORMATS = {".onnx": (to_onnx, run_onnx), ".pt2": (to_pt2, run_pt2)}
 
 
 # ---- Checks --------------------------------------------------------------------------------------------------------
@@ -167,95 +160,100 @@ def pixels(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray((images.cpu().float() / 255).permute(0, 3, 1, 2).numpy())
 
 
-def check(run: Run, network: nn.Module, saved: dict[str, Any], file: Path) -> None:
-    """Compare logits with those of the network as it was trained, unfolded, for one image and for several.
-
-    Raises:
-        RunError: if they differ.
-    """
-    mean, std = (torch.tensor(saved[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+def check(run: Run, trained: Trained, file: Path) -> None:
+    """Refuse logits that differ from those of the network as it was trained, unfolded, for one image or several."""
+    mean, std = (torch.tensor(trained.saved[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     for count in (1, 5):
-        images = torch.rand(count, 3, saved["image_size"], saved["image_size"])
+        images = example_images(trained, count)
         with torch.no_grad():
-            expected = network((images - mean) / std).numpy()
+            expected = trained.network((images - mean) / std).numpy()
         distance = np.abs(run(images.numpy()) - expected).max() / np.abs(expected).max()
         if not distance <= TOLERANCE:
-            raise common.RunError(f"{file}: its logits differ from the network's by {distance:.2g} of the largest")
+            raise RunError(f"{printable(file)}: its logits differ from the network's by {distance:.2g} of the largest")
 
 
-def describe(kind: str, run: Run, file: Path, size: int, data: common.Data | None) -> str:
-    """Return a row: accuracy on the test images, bytes, and the median latency of one image."""
+def check_target(file: Path, checkpoint: Path) -> None:
+    """Refuse to write over the checkpoint that is read, or over one from which a run resumes."""
+    resumes = file.name in ("checkpoint.pt", "checkpoint.previous.pt") and file.with_name(".lock").exists()
+    if file.exists():
+        with contextlib.suppress(RunError):  # of what is no checkpoint
+            resumes |= file.samefile(checkpoint) or "optimizer" in load(file)
+    if resumes:
+        raise RunError(f"{printable(file)}: this would replace a checkpoint; choose another name")
+
+
+def describe(kind: str, run: Run, file: Path, size: int, data: Data | None) -> str:
+    """Return a row: accuracy, bytes, and the median latency of one image."""
     image, times = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32), []
     for _ in range(110):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         run(image)
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     accuracy = "-"
     if data is not None:
         batches = data.test_images.split(250)
         logits = torch.from_numpy(np.concatenate([run(pixels(batch)) for batch in batches]))
-        accuracy = f"{common.accuracy(logits, data.test_labels):.2f}%"
+        accuracy = f"{score(logits, data.test_labels)['accuracy']:.2f}%"
     megabytes, milliseconds = file.stat().st_size / 1e6, 1e3 * statistics.median(times[10:])
-    return f"{kind:<8}{accuracy:>9}{megabytes:>9.2f} MB{milliseconds:>9.2f} ms  {file}"
+    return f"{kind:<8}{accuracy:>17}{megabytes:>9.2f} MB{milliseconds:>9.2f} ms  {printable(file)}"
 
 
-FORMATS = {".onnx": (write_onnx, run_onnx), ".pt2": (write_pt2, run_pt2)}
+# ---- The program ---------------------------------------------------------------------------------------------------
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write, compare, keep, and tell."""
-    file, device = options.file, common.pick_device("cpu", 0)
-    if options.int8 and (file.suffix != ".onnx" or not options.data_dir):
-        raise common.RunError("--int8: only for .onnx, with training images from --data-dir")
-    if file.resolve() == options.checkpoint.resolve():
-        raise common.RunError(f"{file}: this would replace the checkpoint")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Load, convert, compare, write, and report."""
+    file = options.file
+    if file.suffix not in (".pt", *FORMATS):
+        raise RunError(f"{printable(file)}: expected a name that ends in .onnx, .pt2 or .pt")
+    if options.int8 and file.suffix != ".onnx":
+        raise RunError("--int8: only for .onnx")
+    trained, data, facts = load_network(options.checkpoint), None, {"split": "test"}
+    small = file.with_name(f"{file.stem}.int8.onnx")
+    for target in (file, small)[: 1 + options.int8]:
+        check_target(target, options.checkpoint)
+    make_folder(file.parent)
     if file.suffix == ".pt":
-        write_weights(options.checkpoint, file)
-        print(f"{file}: {file.stat().st_size:,} bytes")
+        write_weights(trained, file)
+        print(f"{printable(file)}: {file.stat().st_size:,} bytes")
         return
-    write, run_file = FORMATS[file.suffix]
-    network, saved = load_network(options.checkpoint)
-    data = load_data(saved, options.data_dir, device)[0] if options.data_dir else None
+    if options.int8 or options.data_dir:
+        data, facts = load_images(trained, options.data_dir)
     if options.int8 and not len(data.train_images):
-        raise common.RunError(f"--int8: no training images in {options.data_dir}; expected train/ and test/")
-    temporary = file.with_name(f"{file.stem}.tmp{file.suffix}")
-    deployed = Deployed(network, saved["mean"], saved["std"]).eval()
-    try:
-        write(deployed, torch.rand(2, 3, saved["image_size"], saved["image_size"]), temporary, saved)
-        run = run_file(temporary)
-        check(run, network, saved, file)
-        os.replace(temporary, file)
-        print(f"{'':<8}{'accuracy':>9}{'size':>12}{'one image':>12}")
-        print(describe("float32", run, file, saved["image_size"], data))
-        if options.int8:
-            chosen = torch.randperm(len(data.train_images), generator=common.random_generator(0, 0))[:1024]
-            images, small = pixels(data.train_images[chosen]), file.with_name(f"{file.stem}.int8.onnx")
-            quantize(file, temporary, images)
-            run = run_file(temporary)
-            if not np.isfinite(run(images[:5])).all():
-                raise common.RunError(f"{small}: its logits are not finite")
-            os.replace(temporary, small)
-            print(describe("int8", run, small, saved["image_size"], data))
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise RunError(f"--int8: no training images in {printable(options.data_dir)}; expected train/ and test/")
+    convert, make_run = FORMATS[file.suffix]
+    content = convert(trained)
+    run = make_run(content)
+    check(run, trained, file)
+    with atomic_write(file) as target:
+        target.write(content)
+    print(f"{'':<8}{facts['split'] + ' accuracy':>17}{'size':>12}{'one image':>12}")
+    print(describe("float32", run, file, trained.config.image_size, data))
+    if options.int8:
+        chosen = torch.randperm(len(data.train_images), generator=random_generator(0, 0))[:1024]
+        images = pixels(data.train_images[chosen])
+        content = quantize(content, images)
+        run = run_onnx(content)
+        if not np.isfinite(run(images[:5])).all():
+            raise RunError(f"{printable(small)}: its logits are not finite")
+        with atomic_write(small) as target:
+            target.write(content)
+        print(describe("int8", run, small, trained.config.image_size, data))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="of a run, or of this program's weights alone")
-    parser.add_argument("file", type=Path, help="what is written, ending in .onnx, .pt2 or .pt")
-    parser.add_argument("--int8", action="store_true", help="also quantise, with ranges from 1,024 training images")
+    parser = new_parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
+    parser.add_argument("file", type=Path, help="to write, ending in .onnx, .pt2 or .pt")
+    parser.add_argument("--int8", action="store_true", help="also quantise, calibrated on 1,024 training images")
     parser.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="CIFAR-10, or train/ and test/ with a folder for each class: for the accuracy and for --int8",
+        help="report the accuracy on these images (default for --int8: the run's)",
     )
     options = parser.parse_args()
-    with failures_in_one_line():
-        if options.file.suffix not in (".pt", *FORMATS):
-            raise common.RunError(f"{options.file}: expected a name that ends in .onnx, .pt2 or .pt")
+    with exit_in_one_line():
         export(options)
 
 

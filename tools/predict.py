@@ -1,4 +1,4 @@
-"""Tell what is in pictures: the classes that a trained network finds most probable.
+"""Predict what is in pictures: the most probable classes.
 
     python -m tools.predict runs/baseline/checkpoint.pt cat.jpg holiday/
     python -m tools.predict results/weights/enhanced.pt cat.jpg --json
@@ -8,48 +8,32 @@ images were. One that cannot be read is named, the others are predicted, and the
 """
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from tqdm import tqdm
 
-import common
-from tools import add_device, failures_in_one_line, load_network, logits_of
+from tools import add_device, exit_in_one_line, load_network, logits_of, new_parser
+from training.config import RunError, argument, printable
+from training.pictures import decode, find_pictures
 
-SUFFIXES = {*IMG_EXTENSIONS, ".gif"}  # looked for in folders
-
-
-def find_pictures(paths: list[Path]) -> list[Path]:
-    """Replace each folder by the pictures in it and below, in order of their names.
-
-    Raises:
-        RunError: if a folder holds none.
-    """
-    found = []
-    for path in paths:
-        inside = (
-            sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        if not inside:
-            raise common.RunError(f"{path}: no picture in this folder")
-        found += inside
-    return found
+BATCH = 250  # pictures that are decoded before the first of them is predicted
 
 
-def decode(paths: list[Path], size: int) -> tuple[list[Path], np.ndarray]:
-    """Return the pictures that can be read, as uint8 (N, size, size, 3); each other one is told on stderr."""
-    readable, images = [], []
+def decode_readable(paths: list[Path], size: int) -> tuple[list[Path], np.ndarray]:
+    """Return the pictures that can be read, as uint8 (N, size, size, 3); each other one is named on stderr."""
+    readable, images = [], [np.empty((0, size, size, 3), np.uint8)]
     for path in paths:
         try:
-            images.append(common.decode([str(path)], size, tqdm(disable=True)))
+            images.append(decode([path], size))
             readable.append(path)
-        except common.RunError as error:
-            print(f"error: {common.printable(error)}", file=sys.stderr)
-    return readable, np.concatenate([np.empty((0, size, size, 3), np.uint8), *images])
+        except RunError as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+    return readable, np.concatenate(images)
 
 
 def report(path: Path, probabilities: dict[str, float], options: argparse.Namespace) -> str:
@@ -57,33 +41,33 @@ def report(path: Path, probabilities: dict[str, float], options: argparse.Namesp
     if options.json:
         return json.dumps({"image": str(path), "probabilities": probabilities})
     best = sorted(probabilities.items(), key=lambda item: -item[1])[: options.top]
-    return f"{common.printable(path)}: " + ", ".join(f"{name} {100 * value:.1f}%" for name, value in best)
+    return f"{printable(path)}: " + ", ".join(f"{printable(name)} {100 * value:.1f}%" for name, value in best)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a picture, or a folder of pictures")
+    parser.add_argument("images", type=Path, nargs="+", metavar="PICTURE", help="a picture, or a folder of pictures")
     parser.add_argument(
-        "--top", type=common.reader(int, 1, 1e6), default=3, metavar="N", help="classes to tell (default: %(default)s)"
+        "--top", type=argument(int, 1, 1e6), default=3, metavar="N", help="classes to print (default: %(default)s)"
     )
     add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all probabilities")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per line, with all probabilities")
     options = parser.parse_args()
-    with failures_in_one_line():
-        device = common.pick_device(options.device, 0)
-        network, saved = load_network(options.checkpoint)
-        network.to(device, memory_format=common.layout(device))
-        paths, told = find_pictures(options.images), 0
-        for start in range(0, len(paths), 250):
-            readable, images = decode(paths[start : start + 250], saved["image_size"])
+    with exit_in_one_line():
+        trained = load_network(options.checkpoint, on=options.device)
+        with contextlib.redirect_stdout(sys.stderr):  # notices
+            groups = [find_pictures(path) if os.path.isdir(path) else [path] for path in options.images]
+        paths, count = [path for group in groups for path in group], 0
+        for start in range(0, len(paths), BATCH):
+            readable, images = decode_readable(paths[start : start + BATCH], trained.saved["image_size"])
             if not readable:
                 continue
-            probabilities = logits_of(torch.from_numpy(images).to(device), network, saved).softmax(1)
+            probabilities = logits_of(torch.from_numpy(images), trained).softmax(1)
             for path, row in zip(readable, probabilities.tolist(), strict=True):
-                print(report(path, dict(zip(saved["classes"], row, strict=True)), options))
-            told += len(readable)
-    sys.exit(0 if told == len(paths) else 1)
+                print(report(path, dict(zip(trained.saved["classes"], row, strict=True)), options))
+            count += len(readable)
+    sys.exit(0 if count == len(paths) else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""All that exists for the speed of a CPU: kept memory, and BN and depthwise convolutions that compile well."""
+
+import contextlib
+import ctypes
+import itertools
+import math
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def keep_freed_memory() -> None:
+    """Make Linux keep freed memory in the process, in huge pages; must come before the first tensor.
+
+    Otherwise each activation of tens of megabytes goes back to the kernel and is faulted in again, page by page, at
+    every step. Elsewhere this does nothing.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by PyTorch at its first allocation
+        m_trim_threshold, m_mmap_max = -1, -4  # from glibc's malloc.h; another C library may have no mallopt
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, -1)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BN that, compiled for a CPU, takes sums over each image first, which stays in the cache, then over the images.
+
+    PyTorch's compiled sums go down the whole batch, a few channels at a time. Nowhere does it count batches, which
+    only a cumulative average needs and which costs a kernel launch per layer on a GPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and x.device.type == "cpu" and torch.compiler.is_compiling()):
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
+        variances, means = torch.var_mean(x.float(), (2, 3), correction=0)  # (N, C)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)  # (C,)
+        count = x.numel() / len(mean)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        scale, shift = (values.expand_as(means)[:, :, None, None] for values in (scale, shift))  # (N, C, 1, 1)
+        return (x * scale + shift).to(x.dtype)
+
+
+class DepthwiseFunction(torch.autograd.Function):
+    """A depthwise convolution, to be compiled for a CPU, whose gradients avoid oneDNN's slow ones.
+
+    In bfloat16 the gradient of the input at stride 2 takes 100 times as long as in float32. That of a 5x5 kernel is
+    slow in both, and here 25 sums of products, one for each place of the kernel over the padded input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+        ctx.stride, ctx.shape, padding = stride, x.shape, weight.shape[-1] // 2
+        if padding > 1:
+            x, padding = F.pad(x, [padding] * 4), 0
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight.to(x.dtype), None, stride, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        (x, weight), stride, side = ctx.saved_tensors, ctx.stride, ctx.saved_tensors[1].shape[-1]
+        number, channels, height, width = ctx.shape
+
+        def native(x: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, None]:
+            strides, padding, weights = [stride, stride], [side // 2, side // 2], weight.to(x.dtype)
+            return torch.ops.aten.convolution_backward(
+                gradient.to(x.dtype), x, weights, None, strides, padding, [1, 1], False, [0, 0], channels, wanted
+            )
+
+        dtype = torch.float32 if stride > 1 else gradient.dtype
+        never_read = gradient.new_empty(number, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+        of_input = native(never_read, True, False, False)[0].to(gradient.dtype)
+        if side < 5:
+            return of_input, native(x, False, True, False)[1].to(weight.dtype), None
+        groups = math.gcd(number, 16), -1  # of images, each of which stays in the cache
+        padded, products = x.float().unflatten(0, groups), []
+        for row, column in itertools.product(range(side), repeat=2):
+            inputs = padded[..., row : row + height : stride, column : column + width : stride]
+            products.append((inputs * gradient.unflatten(0, groups)).sum((1, 3, 4)).sum(0))  # (C,)
+        of_weight = torch.stack(products, -1).view(channels, side, side, 1).permute(0, 3, 1, 2)  # channels last
+        return of_input, of_weight, None
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution, with gradients that are fast on a CPU.
+
+    Args:
+        channels: Input and output channels.
+        kernel_size: Side of the kernel in pixels, odd; padding keeps the size.
+        stride: 1 or 2.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(channels, channels, kernel_size, stride, padding=kernel_size // 2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            if self.training and torch.compiler.is_compiling():
+                return DepthwiseFunction.apply(x, self.weight, self.stride[0])
+            return super().forward(x.to(self.weight.dtype))  # in float32: see DepthwiseFunction

@@ -1,0 +1,164 @@
+"""Choosing and setting up a device: CPU, CUDA or Apple MPS. The one file that knows what each of them is good at."""
+
+import contextlib
+import functools
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from training.config import Config, RunError, one_line
+from training.files import exclusive
+
+# ---- Choice and set-up ---------------------------------------------------------------------------------------------
+
+
+def choose(requested: str) -> torch.device:
+    """Return the device asked for; for `auto`, CUDA if a kernel runs on it, else MPS, else the CPU.
+
+    Raises:
+        RunError: if there is no such device here.
+    """
+    torchrun = torch.distributed.is_torchelastic_launched()
+    found = ["cpu"]
+    if torch.backends.mps.is_available() and not torchrun:  # gloo cannot average tensors on MPS
+        found.insert(0, "mps")
+    if torch.cuda.is_available():
+        cuda = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if runs_kernels(cuda):
+            found.insert(0, "cuda")
+    if requested not in ("auto", *found):
+        raise RunError(f"--device {requested}: not available here; this machine has {', '.join(found)}")
+    chosen = found[0] if requested == "auto" else requested
+    return cuda if chosen == "cuda" else torch.device(chosen)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Try one kernel: this build of PyTorch may hold none for an old GPU, though it reports the GPU as available."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2
+    except RuntimeError as error:
+        print(f"notice: {device} is not used, it cannot run this build of PyTorch ({one_line(error)})")
+        return False
+
+
+def set_up(device: torch.device, threads: int = 0) -> None:
+    """Set PyTorch's process-wide switches: threads, the current GPU, deterministic algorithms, no foreign warnings."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # numbers too small for the normal format would be tens of times slower on a CPU
+    torch.backends.cudnn.deterministic = True
+    no_runtime = "No CUDA runtime is found"  # PyTorch warns of this whenever it compiles for a CPU
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: no_runtime not in str(record.msg))
+
+
+def describe(device: torch.device) -> str:
+    """Return a device's name for people."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return f"{device.type} ({chip})"
+
+
+# ---- What suits a device -------------------------------------------------------------------------------------------
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Return the faster layout of image tensors: channels last, but for MPS and for GPUs without bf16 tensor cores."""
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.contiguous_format if device.type == "mps" or old_gpu else torch.channels_last
+
+
+def fastest_precision(device: torch.device) -> str:
+    """Return bf16 where the hardware computes with it, else fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and cpu_computes_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def cpu_computes_bf16() -> bool:
+    """Return whether the CPU multiplies in bf16 (AVX-512 BF16, which AMX includes)."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # before torch 2.11
+
+
+def evaluation_batch(device: torch.device, image_size: int) -> int:
+    """Return how many images to evaluate at once: what fits the cache of a CPU, more elsewhere, 2 million pixels."""
+    return max(1, min(250 if device.type == "cpu" else 2048, 2**21 // image_size**2))
+
+
+def resolve_auto(config: Config, device: torch.device, images: int) -> Config:
+    """Replace `auto` in the configuration by what suits the device and the length of the whole run."""
+    choices = {}
+    if config.precision == "auto":
+        choices["precision"] = fastest_precision(device)
+    if config.compile == "auto":
+        pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # the time of about 120,000 images
+        choices["compile"] = "on" if pays_back and can_compile(device) else "off"
+    return replace(config, **choices)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# ---- Compilation ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Try to compile something small; where that fails, say why in one line."""
+    try:
+        with compile_cache():
+            compiled(lambda x: x + 1, device)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever is missing: a C++ compiler, its headers, Triton
+        print(f"notice: torch.compile does not work here, training uncompiled and slower ({one_line(error)})")
+        return False
+
+
+def compiled(function: Callable, device: torch.device, *, processes: int = 1) -> Callable:
+    """Return torch.compile of a training step's loss, with the compiler options that suit the device."""
+    options = {
+        "cpu": {
+            "realize_reads_threshold": 100,  # compute what is cheap again rather than write it to memory
+            "cpp_cache_precompile_headers": False,  # they would lie outside of the cache and survive a damage
+        },
+        "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
+        "mps": {"layout_optimization": False},  # channels last is several times slower there
+    }
+    return torch.compile(function, dynamic=False, options=options[device.type])
+
+
+@contextlib.contextmanager
+def compile_cache() -> Iterator[None]:
+    """Compile with a cache that is dropped if a process died while it wrote there: damaged code is never loaded.
+
+    A user's own TORCHINDUCTOR_CACHE_DIR is used as it is.
+    """
+    cache = Path(torch.hub.get_dir()).with_name("compiled")
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache)) != str(cache) or " " in str(cache):
+        yield  # a compiler's command line would be split at a space
+        return
+    unfinished = cache / "unfinished"
+    cache.mkdir(parents=True, exist_ok=True)
+    with exclusive(cache.with_name("compiled.lock"), wait=True):
+        if unfinished.exists():
+            shutil.rmtree(cache)
+            cache.mkdir()
+        unfinished.touch()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+        yield
+        unfinished.unlink()

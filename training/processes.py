@@ -1,0 +1,84 @@
+"""Several processes that train together (torchrun): rank, number, averages. A single process is a group of one."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The group of processes of a run, as seen by one of them."""
+
+    rank: int = 0
+    size: int = 1
+
+    def broadcast(self, value: Any) -> Any:
+        """Return the value of process 0."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace tensors of one type by their means over all processes."""
+        if self.size > 1:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            self.sum(flat)
+            parts = flat.div_(self.size).split([tensor.numel() for tensor in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+def join_processes(device: torch.device) -> Processes:
+    """Join the processes that torchrun started, of which the first alone prints; without it, a group of one."""
+    if not dist.is_torchelastic_launched():
+        return Processes()
+    if os.environ["RANK"] != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    threading.Thread(target=end_with_parent, args=[os.getppid()], daemon=True).start()
+    store, rank, size = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # one machine: a restart would find the addresses of the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+    return Processes(rank, size)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent, torchrun, has died; it would train on unseen."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class LossModule(nn.Module):
+    """A loss as a module with the network's parameters, which is what DistributedDataParallel takes."""
+
+    def __init__(self, network: nn.Module, loss_of: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.network, self.loss_of = network, loss_of
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_of(images, labels)
+
+
+def average_gradients(network: nn.Module, loss_of: Callable[..., Tensor]) -> nn.Module:
+    """Return the loss with gradients that are averaged over the processes during the backward pass."""
+    loss = nn.parallel.DistributedDataParallel(LossModule(network, loss_of))
+    loss.broadcast_buffers = False  # train_epoch averages BN's statistics, once in an epoch
+    return loss

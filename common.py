@@ -5,7 +5,7 @@ builder's arguments as plain values:
 
     common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1))
 
-The file tells the story of a run from the top down: run, train, train_epoch, evaluate, main. Its parts are in
+The file tells the story of a run: run, train, train_epoch, predict and evaluate; main is the program. Its parts are in
 training/. Everything random is a function of (seed, epoch) and the learning rate is a function of the step, so a run
 that was interrupted resumes as if nothing had happened.
 """
@@ -65,7 +65,7 @@ def run(
     # Data, and the settings that depend on them
     data = load_data(config, where)
     config = resolve_settings(config, data, saved, processes)
-    identity = identify(name, arguments, data, config, saved, pretrained)
+    identity = run_identity(name, arguments, data, config, saved, pretrained)
     if processes.broadcast(identity) != identity:
         raise RunError(f"process {processes.rank} has other settings or data than process 0")
 
@@ -79,14 +79,14 @@ def run(
     # Header, training, evaluation, report
     facts = report.collect_facts(state.raw, data, config, processes)
     report.print_header(facts, identity, config, saved)
-    trains = len(rows) < config.epochs
-    if trains:
+    unfinished = len(rows) < config.epochs
+    if unfinished:
         train(state, data, config, identity | {"environment": report.environment(facts)}, rows, folder, processes)
     results = {"headline": HEADLINE, "seconds": round(sum(row["seconds"] for row in rows), 1)}
     results |= evaluate(state, data, config, processes)
     if processes.rank == 0:
         report.write_metrics(folder, rows)  # from the checkpoint, whatever became of the file
-        if trains or not folder.summary.exists():  # a finished run keeps that of its training
+        if unfinished or not folder.summary.exists():  # a finished run keeps that of its training
             report.write_summary(folder, results, facts, identity, config)
         report.print_result(folder, results, config)
     processes.leave()
@@ -110,7 +110,7 @@ def resolve_settings(config: Config, data: Data, saved: dict[str, Any] | None, p
     return replace(config, **processes.broadcast(config.identity()))  # another process may have chosen otherwise
 
 
-def identify(
+def run_identity(
     name: str,
     arguments: dict[str, Any],
     data: Data,
@@ -145,7 +145,7 @@ def new_state(
     torch.manual_seed(config.seed)
     network = build(num_classes=len(data.classes), **arguments)
     if pretrained:
-        with checkpoint.usable(config.init_from, "start"):
+        with checkpoint.usable(config.init_from, "--init-from file"):
             checkpoint.load_pretrained(network, pretrained, HEADLINE, data.classes)
     where = data.train_images.device
     network.to(where, memory_format=device.memory_format(where))
@@ -222,8 +222,8 @@ def train_epoch(
 ) -> tuple[float, float]:
     """Train for one epoch (the first is 1); return its mean loss and the fraction of the peak rate at its end.
 
-    The images that do not fill a batch are left out, others in each epoch. Of several processes, each takes its share
-    of every batch. Losses stay on the device.
+    The last images, which do not fill a batch, are left out, others in each epoch. Of several processes, each takes
+    its share of every batch. Losses stay on the device.
     """
     where, count = data.train_images.device, len(data.train_images)
     steps, share = count // config.batch_size, config.batch_size // processes.size
@@ -258,7 +258,7 @@ def train_epoch(
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Return the fraction of the peak rate at `step` of `steps`: up in a line during the warm-up, then down to zero."""
+    """Return the fraction of the peak rate at `step` of `steps`: linear warm-up, then linear decay to zero."""
     rise = warmup * steps
     return min((step + 1) / (rise + 1), (steps - step) / (steps - rise))
 
@@ -291,11 +291,11 @@ def make_loss(state: State, data: Data, config: Config, processes: Processes = A
         drawn = draw_epoch(len(data.train_images), config, 1, where)
         batch = augment(data, drawn, slice(config.batch_size // processes.size), config)
         with device.compile_cache():
-            take_trial_step(state.raw, loss_of, batch)
+            compile_ahead(state.raw, loss_of, batch)
     return average_gradients(state.raw, loss_of) if processes.size > 1 else loss_of
 
 
-def take_trial_step(network: nn.Module, loss_of: Loss, batch: tuple[Tensor, Tensor]) -> None:
+def compile_ahead(network: nn.Module, loss_of: Loss, batch: tuple[Tensor, Tensor]) -> None:
     """Compute a loss and its gradients, which compiles both, and leave the network as it was."""
     statistics = list(network.train().buffers())
     before = [tensor.clone() for tensor in statistics]
@@ -411,7 +411,7 @@ def stop_on_interrupt() -> None:
     """End at once on Ctrl-C: an exception could be swallowed by code that is compiling."""
 
     def stop(*_: Any) -> None:
-        os.write(2, b"\ninterrupted; the same command resumes after the last finished epoch\n")
+        os.write(2, b"\ninterrupted; the same command (without --fresh) resumes after the last finished epoch\n")
         os._exit(130)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
@@ -435,7 +435,7 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
         if config.summary:
             print_summary(build(num_classes=10, **arguments(config)), config.image_size)
             return
-        alone = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes
-        place = open_run_folder(config.output_dir) if alone else contextlib.nullcontext(RunFolder(config.output_dir))
+        writes = not torch.distributed.is_torchelastic_launched() or os.environ["RANK"] == "0"
+        place = open_run_folder(config.output_dir) if writes else contextlib.nullcontext(RunFolder(config.output_dir))
         with place as folder:
             run(name, build, arguments(config), config, folder)

@@ -1,10 +1,10 @@
 """What each of the three ideas of the enhanced network brings: alone, and taken away from all three.
 
-    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10    # the default recipe: for a GPU
+    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10    # the default epochs: for a GPU
     python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10 --epochs 3 --compile on    # hours on two CPU cores
 
 Any other flag is one of the training's (see `python mobilenetv4_enhanced.py --help`). Each run becomes a row of
-results/ablation.csv; a run that has one is skipped, one that was interrupted continues, so the same command continues
+results/ablation.csv; a run that has one is skipped, one that was interrupted resumes, so the same command resumes
 everything. Then come mean, standard deviation and differences of all runs with these settings.
 """
 
@@ -27,6 +27,10 @@ from torch import nn
 import common
 from mobilenetv4_baseline import network_arguments
 from mobilenetv4_enhanced import enhanced_mobilenetv4
+from training.config import Config, RunError, argument, errors_in_one_line, parse_command_line
+from training.data import load_data
+from training.files import atomic_write, exclusive
+from training.report import split_name
 
 IDEAS = {
     # name                         squeeze_excitation, stochastic_depth, silu
@@ -55,18 +59,19 @@ def train(name: str) -> None:
 
 
 def measure(name: str, seed: int, flags: list[str], runs: Path) -> dict[str, Any]:
-    """Train in a process of its own, or continue, and return what is to be kept of the result."""
+    """Train, or resume, in a process of its own, and return what is to be kept of the result."""
     output = runs / f"{name}-{seed}"
     own = ["--seed", str(seed), "--output-dir", str(output)]
     command = [sys.executable, "-m", "benchmarks.ablation", "--train", name, *flags, *own]
     if status := subprocess.run(command).returncode:
-        raise common.RunError(f"{name} with seed {seed}: training ended with status {status}")
+        raise RunError(f"{name} with seed {seed}: training ended with status {status}")
     summary = json.loads((output / "summary.json").read_text())
     accuracies = summary.get("test_accuracy") or summary["holdout_accuracy"]
+    flipped = f"{summary['headline']}_tta"
     return {
         "accuracy": f"{accuracies[summary['headline']]:.2f}",
         "raw": f"{accuracies['raw']:.2f}",
-        "with_flip": f"{accuracies[summary['headline'] + '_tta']:.2f}",
+        "with_flip": f"{accuracies[flipped]:.2f}" if flipped in accuracies else "",  # nothing with --flip none
         **{key: summary[key] for key in ("parameters", "macs", "seconds", "device", "versions")},
     }
 
@@ -81,12 +86,12 @@ def read(table: Path) -> list[dict[str, str]]:
 def add(table: Path, row: dict[str, Any]) -> None:
     """Add a row to the table, which is whole at every moment; what others have added meanwhile stays."""
     table.parent.mkdir(parents=True, exist_ok=True)
-    with common.exclusive(table.with_name(f".{table.name}.lock"), wait=True):
+    with exclusive(table.with_name(f".{table.name}.lock"), wait=True):
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*read(table), row])
-        with common.replacing(table) as file:
+        with atomic_write(table) as file:
             file.write(text.getvalue().encode())
 
 
@@ -95,7 +100,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--seeds", type=common.reader(int, 1, 1e6), default=3, help="runs of each network, seeds 0, 1, ... (default: 3)"
+        "--seeds", type=argument(int, 1, 1e6), default=3, help="runs of each network, seeds 0, 1, ... (default: 3)"
     )
     parser.add_argument(
         "--table", type=Path, default=Path("results/ablation.csv"), help="a row for each run (default: %(default)s)"
@@ -109,12 +114,12 @@ def main() -> None:
     if options.train:
         return train(options.train)
 
-    config = common.parse_command_line("ablation")
-    with common.failures_in_one_line(config):
+    config = parse_command_line("ablation")
+    with errors_in_one_line():
         if config.init_from:
-            raise common.RunError("--init-from: the networks begin at random here")
-        data = common.load_data(config, torch.device("cpu")).fingerprint
-        settings = {key: value for key, value in config.decisive().items() if key != "seed"}
+            raise RunError("--init-from: the networks begin at random here")
+        data = load_data(config, torch.device("cpu")).fingerprint
+        settings = {key: value for key, value in config.identity().items() if key != "seed"}
         same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}
         place = hashlib.sha256(repr(same).encode()).hexdigest()[:8]
         for seed in range(options.seeds):  # all networks with one seed, then the next
@@ -129,7 +134,7 @@ def main() -> None:
 # ---- Report --------------------------------------------------------------------------------------------------------
 
 
-def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
+def report(rows: list[dict[str, str]], config: Config) -> Iterator[str]:
     """Yield the lines of the table.
 
     The standard deviation of one run is taken as the same for all networks and pooled over them. A difference of two
@@ -155,7 +160,7 @@ def report(rows: list[dict[str, str]], config: common.Config) -> Iterator[str]:
         verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) <= error else ""
         return f"{value / len(names):+.2f} +- {error / len(names):.2f} {verdict}"
 
-    yield f"{common.accuracy_name(config)} after {config.epochs} epochs, averaged weights"
+    yield f"{split_name(config)}_accuracy after {config.epochs} epochs, averaged weights"
     yield f"{'':<28}{'runs':>5}{'mean':>8}{'sd':>7}   {'to the baseline':<29}{'to all three':<29}parameters"
     for name, values in accuracies.items():
         own = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "?"

@@ -1,12 +1,12 @@
 """A second look at a network that nobody tuned to: accuracy on the test images shifted by two pixels.
 
-    python -m benchmarks.shifts runs/baseline/checkpoint.pt --data-dir data/cifar10
+    python -m benchmarks.shifts runs/baseline/checkpoint.pt
 
 Each of the eight directions in turn, without test-time augmentation; what a shift uncovers is a reflection, as in
-training. Prints the accuracy of the images as they are, of each direction, and the mean and the lowest of the eight.
+training. A run with --holdout is evaluated on its held-out images.
+Prints the accuracy of the images as they are, of each direction, and the mean and the lowest of the eight.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 import common
-from tools import failures_in_one_line, load_data, load_network
+from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
+from training.augmentation import shift_and_flip
+from training.config import printable
+from training.cpu import keep_freed_memory
 
 
 def shift(images: Tensor, down: int, right: int) -> Tensor:
@@ -25,26 +28,30 @@ def shift(images: Tensor, down: int, right: int) -> Tensor:
         "shift": torch.tensor([[-down, -right]], device=device).expand(count, 2),
         "flip": torch.zeros(count, dtype=torch.bool, device=device),
     }
-    return common.shift_and_flip(images, drawn)
+    return shift_and_flip(images, drawn)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
-    parser.add_argument("--data-dir", type=Path, default=common.Config.data_dir, help="(default: %(default)s)")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
+    )
+    parser.add_argument("--test-set", action="store_true", help="the test images, even where the run had --holdout")
     parser.add_argument(
         "--pixels", type=int, default=2, choices=range(1, 16), metavar="N", help="of a shift (default: %(default)s)"
     )
+    add_device(parser)
     options = parser.parse_args()
-    with failures_in_one_line():
-        device = common.pick_device("auto", 0)
-        network, saved = load_network(options.checkpoint)
-        data, config = load_data(saved, options.data_dir, device)
-        network.to(device, memory_format=common.layout(device))
+    with exit_in_one_line():
+        keep_freed_memory()
+        trained = load_network(options.checkpoint, on=options.device)
+        data, facts = load_images(trained, options.data_dir, test_set=options.test_set)
+        print(f"{facts['split']}: {len(data.test_images):,} images ({printable(facts['data'])})")
         accuracies = {}
         for down, right in itertools.product((0, -options.pixels, options.pixels), repeat=2):
-            logits = common.predict(network, shift(data.test_images, down, right), data, config)
-            accuracies[down, right] = common.accuracy(logits, data.test_labels)
+            logits = common.predict(trained.network, shift(data.test_images, down, right), data, trained.config)
+            accuracies[down, right] = common.score(logits, data.test_labels)["accuracy"]
             print(f"{down:+3d} down {right:+3d} right  {accuracies[down, right]:6.2f}%")
         del accuracies[0, 0]
         print(f"mean of the eight {sum(accuracies.values()) / 8:.2f}%, lowest {min(accuracies.values()):.2f}%")

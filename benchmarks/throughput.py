@@ -12,9 +12,9 @@ worth 10%. Images are random, except for the start-up.
 
 import argparse
 import json
+import math
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,14 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision import transforms
 from tqdm import tqdm
 
 import common
-import mobilenetv4_baseline
 from mobilenetv4_baseline import MobileNetV4
 from tools import BUILDERS
+from training import cpu, device
+from training.config import Config
+from training.data import Data, load_data
+from training.muon import Muon
+from training.summary import count_macs, count_parameters
+
+try:
+    import resource  # POSIX only; elsewhere memory is not measured
+except ImportError:
+    resource = None
 
 PROJECT_SIZE = 50_000  # images of CIFAR-10, by which the project's loop decides whether to compile
 
@@ -47,27 +57,36 @@ def random_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Do what mobilenetv4_baseline.DepthwiseConv2d does where it is not compiled."""
+    """Do what training.cpu.DepthwiseConv2d does where it is not compiled."""
     with torch.autocast("cpu", enabled=False):
         return nn.Conv2d.forward(layer, x.to(layer.weight.dtype))
 
 
-def plain_compile(function: Callable, *, compile: Callable = torch.compile, **arguments: Any) -> Callable:
-    return compile(function, **(arguments | {"options": None}))
+def compile_once(function: Callable, *, options: dict[str, Any], compile: Callable = torch.compile, **more: Any) -> Any:
+    """Do what torch.compile does, without computing again what is cheap."""
+    kept = {key: value for key, value in options.items() if key != "realize_reads_threshold"}
+    return compile(function, options=kept, **more)
 
 
 Patch = tuple[Any, str, Any]
 LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by a setting or a patch
-    "freed memory kept": (common, "keep_freed_memory", lambda: None),
-    "channels last": (common, "layout", lambda device: torch.contiguous_format),
+    "freed memory kept": (cpu, "keep_freed_memory", lambda: None),
+    "channels last": (device, "memory_format", lambda _: torch.contiguous_format),
     "bf16": {"precision": "fp32"},
     "compilation": {"compile": "off"},
-    "computing again": (torch, "compile", plain_compile),
-    "BN by image": (mobilenetv4_baseline.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
-    "depthwise gradients": (mobilenetv4_baseline.DepthwiseConv2d, "forward", plain_depthwise),
-    "blocks in Muon": (common.Muon, "LARGE", 1 << 30),
+    "computing again": (torch, "compile", compile_once),
+    "BN by image": (cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
+    "depthwise gradients": (cpu.DepthwiseConv2d, "forward", plain_depthwise),
+    "blocks in Muon": (Muon, "LARGE", 1 << 30),
     "flushed denormals": (torch, "set_flush_denormal", lambda flush: None),
 }
+
+
+def set_up(name: str) -> torch.device:
+    cpu.keep_freed_memory()
+    where = device.choose(name)
+    device.set_up(where)
+    return where
 
 
 class Ours:
@@ -78,20 +97,16 @@ class Ours:
         if isinstance(lever, tuple):
             setattr(*lever)
         settings = options.settings | (lever if isinstance(lever, dict) else {})
-        common.keep_freed_memory()
-        device = common.pick_device(options.device, 0)
-        config = common.Config(batch_size=options.batch_size)
-        config = common.settle(replace(config, **settings), device, PROJECT_SIZE, None)
-        images, labels = (tensor.to(device) for tensor in random_images(options.images))
+        where = set_up(options.device)
+        config = replace(Config(batch_size=options.batch_size), **settings)
+        self.config, self.epoch = device.resolve_auto(config, where, PROJECT_SIZE), 0
+        images, labels = (tensor.to(where) for tensor in random_images(options.images))
         classes = [str(label) for label in range(10)]
-        self.data = common.Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
-        torch.manual_seed(0)
+        self.data = Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
         build = BUILDERS[name if name in BUILDERS else options.levers]
-        network, averaged = (build().to(device, memory_format=common.layout(device)) for _ in range(2))
-        self.state = common.State(network, averaged, common.make_optimizers(network, config))
-        self.config, self.epoch = config, 0
-        self.loss_of = common.make_loss(self.state, self.data, config)
-        self.about = f"{config.precision}, compilation {config.compile}"
+        self.state = common.new_state(build, {}, self.data, self.config, None)
+        self.loss_of = common.make_loss(self.state, self.data, self.config)
+        self.about = f"{self.config.precision}, compilation {self.config.compile}"
 
     def train(self) -> int:
         self.epoch += 1
@@ -113,7 +128,7 @@ class PlainDataset(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(common.Image.fromarray(self.images[index])), self.labels[index]
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
 
 
 class Plain:
@@ -122,11 +137,11 @@ class Plain:
     def __init__(self, options: argparse.Namespace) -> None:
         import timm.models.mobilenetv3 as timm_models  # pip install timm
 
-        self.device = common.pick_device(options.device, 0)
+        self.device = set_up(options.device)
         build = timm_models._gen_mobilenet_v4  # what timm.create_model calls, with a width
         self.network = build("mobilenetv4_conv_small", 1.15, num_classes=10, act_layer=nn.ReLU6).to(self.device)
         self.network.conv_stem.stride = self.network.blocks[0][0].conv.stride = (1, 1)
-        if common.count_parameters(self.network) != 3_056_370:
+        if count_parameters(self.network) != 3_056_370:
             raise RuntimeError("this version of timm builds another network")
         self.optimizer = torch.optim.SGD(self.network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
         normalize = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
@@ -157,13 +172,6 @@ class Plain:
 # ---- Turns ---------------------------------------------------------------------------------------------------------
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
-
-
 def work(name: str, options: argparse.Namespace) -> None:
     """Train and evaluate twice, and print the second time's rates as JSON; or only the shares of "profile NAME"."""
     contender = Plain(options) if name.endswith("plain") else Ours(name.removeprefix("profile "), options)
@@ -172,13 +180,18 @@ def work(name: str, options: argparse.Namespace) -> None:
         for task in (contender.train, contender.evaluate):
             begun = time.monotonic()
             images = task()
-            synchronize(options.device)
+            device.synchronize(torch.device(options.device))
             rates[task.__name__] = images / (time.monotonic() - begun)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if options.device == "cuda":
-        memory = torch.cuda.max_memory_allocated()
+    memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else peak_memory()
     profiling = name.startswith("profile ")
     print(json.dumps(profile(contender) if profiling else {"about": contender.about, "memory": memory, **rates}))
+
+
+def peak_memory() -> float:
+    """Return the most memory, in bytes, that this process has had."""
+    if not resource:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 KINDS = (  # the first that is part of an operation's name
@@ -234,18 +247,21 @@ def take_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, l
 # ---- Limits --------------------------------------------------------------------------------------------------------
 
 
-def rate_of(operation: Callable[[], Any], amount: float, device: str) -> float:
+SIDES = {"cpu": 2048, "cuda": 4096, "mps": 2048}  # of the matrices whose product is timed
+
+
+def rate_of(operation: Callable[[], Any], amount: float, where: torch.device) -> float:
     """Return the best of 5 rates, in `amount` a second."""
     times = []
     for _ in range(6):
         begun = time.monotonic()
         operation()
-        synchronize(device)
+        device.synchronize(where)
         times.append(time.monotonic() - begun)
     return amount / min(times)
 
 
-def limits(variant: str, device: str, precision: str) -> dict[str, float]:
+def limits(variant: str, where: torch.device, precision: str) -> dict[str, float]:
     """Return the images/s that arithmetic alone and memory traffic alone would allow.
 
     Arithmetic: three times the forward pass's multiply-accumulates at the rate of a large matrix product. Traffic:
@@ -253,19 +269,19 @@ def limits(variant: str, device: str, precision: str) -> dict[str, float]:
     gradient written, at the rate of a large copy; nothing between convolutions touches memory.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size, network, elements = 4096 if device == "cuda" else 2048, BUILDERS[variant](), []
+    size, network, elements = SIDES[where.type], BUILDERS[variant](), []
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, x, y: elements.append(3 * x[0].numel() + 2 * y.numel()))
-    macs = common.count_macs(network, 32)[""]
+    macs = count_macs(network, 32)[""]
     network.eval()(torch.zeros(1, 3, 32, 32))
     elements = elements[-len(elements) // 2 :]  # counting runs the network too
-    matrix = torch.randn(size, size, device=device).to(dtype)
+    matrix = torch.randn(size, size, device=where).to(dtype)
     kernels, pixels = matrix[:, :, None, None], matrix.view(size, size, 1, 1)
-    source, target = (torch.zeros(1 << 26, device=device) for _ in range(2))
+    source, target = (torch.zeros(1 << 26, device=where) for _ in range(2))
     products = (lambda: matrix @ matrix, lambda: nn.functional.conv2d(pixels, kernels))  # of different libraries
-    flops = max(rate_of(product, 2 * size**3, device) for product in products)
-    traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), device)
+    flops = max(rate_of(product, 2 * size**3, where) for product in products)
+    traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), where)
     return {
         "flops": flops,
         "bytes": traffic,
@@ -279,17 +295,15 @@ def limits(variant: str, device: str, precision: str) -> dict[str, float]:
 
 def first_step(options: argparse.Namespace) -> None:
     """Do what a script does until its first step is done, without compiling, and print the seconds since its start."""
-    common.keep_freed_memory()
-    device = common.pick_device(options.device, 0)
-    config = common.settle(common.Config(data_dir=options.data_dir, compile="off"), device, PROJECT_SIZE, None)
-    data = common.load_data(config, device)
-    network = MobileNetV4().to(device, memory_format=common.layout(device))
-    state = common.State(network, MobileNetV4(), common.make_optimizers(network, config))
+    where = set_up(options.device)
+    config = device.resolve_auto(Config(data_dir=options.data_dir, compile="off"), where, PROJECT_SIZE)
+    data = load_data(config, where)
+    state = common.new_state(MobileNetV4, {}, data, config, None)
     images, labels = data.train_images[: config.batch_size], data.train_labels[: config.batch_size]
     common.make_loss(state, data, config)(images, labels).backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    synchronize(options.device)
+    device.synchronize(torch.device(options.device))
     print(time.time() - float(os.environ["STARTED"]))
 
 
@@ -308,7 +322,7 @@ def start_up(arguments: list[str]) -> float:
 
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    kind = type(getattr(common.Config(), name.replace("-", "_")))
+    kind = type(getattr(Config(), name.replace("-", "_")))
     return name.replace("-", "_"), kind(value)
 
 
@@ -316,7 +330,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help=f"where to train {default}")
-    parser.add_argument("--batch-size", type=int, default=common.Config.batch_size, help=f"images per step {default}")
+    parser.add_argument("--batch-size", type=int, default=Config.batch_size, help=f"images per step {default}")
     parser.add_argument("--images", type=int, default=2560, help=f"in an epoch of one turn {default}")
     parser.add_argument("--turns", type=int, default=5, help=f"processes of each contender {default}")
     parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
@@ -358,7 +372,7 @@ def report(
         yield f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005)
     for name in [] if options.levers else results.keys() & BUILDERS.keys():
         precision = results[name][0]["about"][:4]
-        found = limits(name, options.device, precision)
+        found = limits(name, torch.device(options.device), precision)
         yield (
             f"{name}: at most {found['arithmetic']:,.0f} images/s by arithmetic ({found['flops'] / 1e9:,.0f} GFLOP/s "
             f"in {precision}), {found['traffic']:,.0f} by memory traffic ({found['bytes'] / 1e9:,.0f} GB/s)"

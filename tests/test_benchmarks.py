@@ -2,34 +2,84 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CLASSES, random_images, run_script, write_folders
+from helpers import CLASSES, REPOSITORY, Tiny, random_images, run_here, run_tiny, write_folders
 from torch import nn
 
 import common
-from benchmarks import ablation, shifts
+from benchmarks import ablation, mps_check, shifts, throughput
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
+from tools import BUILDERS
+from training import checkpoint, device
+from training.config import Config, RunError
 
-CONFIG = common.Config()
+# ---- Throughput ----------------------------------------------------------------------------------------------------
 
 
-def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
-    options = ("--images", "64", "--batch-size", "32", "--turns", "1", "--set", "compile=off")
-    command = [sys.executable, "-m", "benchmarks.throughput", *options, "--contenders", "baseline"]
-    root, environment = Path(__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=root, env=environment, text=True, capture_output=True)
-    assert result.returncode == 0, result.stderr
+def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits(monkeypatch):
+    in_a_process = throughput.turn
+
+    def turn(name, arguments):
+        if not name.startswith("profile"):
+            return in_a_process(name, arguments)
+        return json.loads(run_here(lambda: throughput.work(name, throughput.parse(arguments))).stdout)
+
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(throughput, "turn", turn)
+    monkeypatch.setitem(throughput.SIDES, "cpu", 128)
+    options = ("--images", "8", "--batch-size", "8", "--turns", "1", "--set", "compile=off")
+    result = run_here(throughput.main, *options, "--contenders", "baseline")
     assert re.search(r"^baseline +\d+\.\d +\d+\.\d +\d+\.\d +1\.00 ", result.stdout, re.M)
     assert re.search(r"^baseline: .*convolution, backward \d+%", result.stdout, re.M)
     assert re.search(r"^baseline: at most [\d,]+ images/s by arithmetic", result.stdout, re.M)
+
+
+def test_each_lever_of_the_throughput_benchmark_is_one_that_the_loop_has():
+    fields = Config().identity()
+    for lever in throughput.LEVERS.values():
+        if isinstance(lever, dict):
+            assert lever.keys() <= fields.keys()
+        else:
+            owner, name, replacement = lever
+            assert callable(replacement) == callable(vars(owner)[name])
+    compiled = []
+    throughput.compile_once(
+        len, compile=lambda _, **more: compiled.append(more), options={"realize_reads_threshold": 9, "other": 1}
+    )
+    assert compiled == [{"options": {"other": 1}}]
+
+
+# ---- MPS -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_check_of_mps_prints_differences_times_and_what_failed(monkeypatch):
+    monkeypatch.setattr(device, "can_compile", lambda _: False)
+    monkeypatch.setitem(mps_check.SETTINGS, "eager bf16", mps_check.SETTINGS["eager fp32"])  # slow on some CPUs
+    result = run_here(mps_check.main, "--device", "cpu", "--steps", "1", "--batch-size", "4")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and lines[0] == lines[-1] == "```"
+    assert f"torch {torch.__version__}, cpu" in lines[1]
+    for variant in BUILDERS:
+        assert any(line.startswith(f"{variant}, gradients: largest relative difference 0.0e+00 (") for line in lines)
+        for precision in ("fp32", "bf16"):
+            assert re.search(rf"^{variant}, eager {precision}, batch 4: [\d.]+ ms a step$", result.stdout, re.M)
+        assert f"{variant}, compiled fp32, batch 4: failed: RuntimeError: torch.compile does not work here" in lines
+
+
+def test_the_check_of_mps_finds_wrong_gradients(monkeypatch):
+    right, places = common.F.cross_entropy, [torch.device("cpu"), torch.device("cpu")]
+    factors = iter((1.0, 1.01))
+    monkeypatch.setattr(common.F, "cross_entropy", lambda *a, **k: next(factors) * right(*a, **k))
+    config = Config(batch_size=4, precision="fp32", compile="off", cutout=0)
+    found = mps_check.largest_difference(lambda num_classes: Tiny(num_classes), config, places[0])
+    assert re.match(r"largest relative difference 9\.9e-03 \(", found) or "1.0e-02" in found
 
 
 # ---- Ablation ------------------------------------------------------------------------------------------------------
@@ -38,7 +88,7 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits():
 @pytest.mark.parametrize(("name", "reference"), [("baseline", MobileNetV4), ("all", enhanced_mobilenetv4)])
 def test_no_idea_is_the_baseline_and_all_are_the_enhanced_network(name, reference, monkeypatch):
     built = []
-    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(CONFIG))))
+    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(Config()))))
     torch.manual_seed(0)
     ablation.train(name)
     torch.manual_seed(0)
@@ -57,7 +107,7 @@ def test_no_idea_is_the_baseline_and_all_are_the_enhanced_network(name, referenc
 
 def test_each_network_of_the_ablation_has_the_ideas_of_its_name(monkeypatch):
     built = []
-    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(CONFIG))))
+    monkeypatch.setattr(common, "main", lambda _, build, arguments: built.append(build(10, **arguments(Config()))))
     for name in ablation.IDEAS:
         ablation.train(name)
         network, has = built.pop(), {}
@@ -115,18 +165,23 @@ def test_runs_with_other_settings_are_another_ablation(monkeypatch, tmp_path, ca
     assert "after 7 epochs" in capsys.readouterr().out
 
 
-def test_a_run_of_the_ablation_is_a_training_like_any_other(tmp_path):
-    flags = ["--synthetic", "--epochs", "1", "--image-size", "16", "--threads", "1"]
+def test_a_run_of_the_ablation_is_a_training_like_any_other(monkeypatch, folders, tmp_path):
+    def run(command):
+        assert command[:3] == [sys.executable, "-m", "benchmarks.ablation"]
+        return run_here(ablation.main, *command[3:])
+
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run))
+    flags = ["--data-dir", str(folders), "--epochs", "1", "--batch-size", "20", "--image-size", "16", "--threads", "1"]
     row = ablation.measure("silu", 1, flags, tmp_path)
-    assert row["parameters"] == 3_056_370
+    assert row["parameters"] == 3_056_370 - 7 * 1281  # three classes
     accuracies = json.loads((tmp_path / "silu-1" / "summary.json").read_text())["test_accuracy"]
     assert [float(row[key]) for key in ("accuracy", "raw", "with_flip")] == pytest.approx(
         [accuracies[key] for key in ("averaged", "raw", "averaged_tta")], abs=0.006
     )
-    saved = common.load_checkpoint(tmp_path / "silu-1" / "checkpoint.pt")
+    saved = checkpoint.load(tmp_path / "silu-1" / "checkpoint.pt")
     assert saved["network"]["silu"] is True
     assert saved["recipe"]["seed"] == 1
-    with pytest.raises(common.RunError, match="silu with seed 1: training ended with status 1"):
+    with pytest.raises(RunError, match="silu with seed 1: training ended with status 1"):
         ablation.measure("silu", 1, [*flags, "--learning-rate", "0.01"], tmp_path)
 
 
@@ -141,20 +196,23 @@ def test_shifts_move_the_content_and_reflect_at_the_borders():
         assert torch.equal(shifts.shift(images, down, right).float(), expected)
 
 
-def test_the_accuracy_of_shifted_images_is_printed_for_every_direction(folders, tmp_path):
-    run = ["--epochs", "1", "--batch-size", "32", "--output-dir", tmp_path / "run"]
-    assert run_script("enhanced", "--data-dir", folders, *run).returncode == 0
-    command = [sys.executable, "-m", "benchmarks.shifts", str(tmp_path / "run" / "checkpoint.pt"), "--data-dir"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    start = dict(cwd=Path(__file__).parents[1], env=environment, text=True, capture_output=True)
-    result = subprocess.run([*command, str(folders)], **start)
+def test_the_accuracy_of_shifted_images_is_printed_for_every_direction(monkeypatch, folders, tmp_path):
+    monkeypatch.setitem(BUILDERS, "tiny", Tiny)
+    place = tmp_path / "run"
+    flags = ["--epochs", 1, "--batch-size", 16, "--holdout", 12, "--output-dir", place]
+    assert run_tiny("--data-dir", folders, *flags).returncode == 0
+    path = place / "checkpoint.pt"
+    result = run_here(shifts.main, path, "--device", "cpu")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("holdout: 12 images (pictures in ")
     found = [float(value) for value in re.findall(r"right +(\d+\.\d\d)%$", result.stdout, re.M)]
     assert len(found) == 9
     mean, lowest = map(float, re.findall(r"mean of the eight (.+)%, lowest (.+)%", result.stdout)[0])
     assert mean == pytest.approx(sum(found[1:]) / 8, abs=0.011)
     assert lowest == min(found[1:])
+    tested = run_here(shifts.main, path, "--device", "cpu", "--test-set")
+    assert tested.stdout.startswith("test: 7 images (")
     other = write_folders(tmp_path / "other", classes=[*CLASSES, "truck"])
-    refused = subprocess.run([*command, str(other)], **start)
+    refused = run_here(shifts.main, path, "--device", "cpu", "--data-dir", other)
     assert refused.returncode == 1
     assert "its classes are" in refused.stderr and refused.stderr.count("\n") == 1

@@ -22,8 +22,10 @@ def test_the_device_is_the_one_asked_for_or_the_best_there_is(monkeypatch):
     with pytest.raises(RunError, match=r"--device cuda: .* mps, cpu"):
         device.choose("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(device, "runs_kernels", lambda where: True)
     assert device.choose("auto").type == "cuda"
+    assert device.choose("mps").type == "mps"
 
 
 def test_a_gpu_that_cannot_run_a_kernel_is_named_and_not_used(monkeypatch, capsys):
@@ -31,10 +33,13 @@ def test_a_gpu_that_cannot_run_a_kernel_is_named_and_not_used(monkeypatch, capsy
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch, "ones", fail)
     assert device.choose("auto") == CPU
-    assert capsys.readouterr().out.startswith("notice: cuda:0 is not used, it cannot run this build of PyTorch (no ")
+    told = "".join(capsys.readouterr())
+    assert told.startswith("notice: cuda:0 is not used")
+    assert told.count("\n") == 1
 
 
 def test_choosing_changes_nothing_and_setting_up_sets_the_threads():
@@ -84,11 +89,3 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     assert not device.can_compile(CPU)
     device.can_compile.cache_clear()
     assert capsys.readouterr().out.count("\n") == 1
-
-
-def test_large_images_are_evaluated_a_few_at_a_time():
-    for where in (CPU, torch.device("cuda")):
-        batches = [device.evaluation_batch(where, size) for size in (16, 32, 224, 512)]
-        assert batches == sorted(batches, reverse=True)
-        assert batches[-1] >= 1
-        assert max(batch * size**2 for batch, size in zip(batches, (16, 32, 224, 512), strict=True)) <= 2**21

@@ -1,30 +1,53 @@
-"""Both scripts as a user runs them: as processes, on a small image folder."""
+"""Both scripts as a user runs them, on a small image folder: what they print, write, resume and refuse."""
 
 import csv
 import json
+import os
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
-from conftest import CLASSES, flags, run_here, run_script, run_script_here, write_folders
+from helpers import CLASSES, REPOSITORY, equal_runs, flags, run_script_here, write_folders
 from PIL import Image
 
-import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from tools import export
+from training import checkpoint
 
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 PARAMETERS = {"baseline": 3_047_403, "enhanced": 4_163_715}  # with the three classes of the small folder
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp("scripts") / "pictures with spaces \u00e9")
+
+
+@pytest.fixture(scope="module")
+def finished(pictures):
+    """Return the folder of a finished run of the baseline, which no test changes, and what it printed."""
+    result = run_script_here("baseline", *flags(pictures, pictures.parent / "my run \u00e9"))
+    assert result.returncode == 0, result.stderr
+    return pictures.parent / "my run \u00e9", result.stdout
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """Return the folder of a finished run that a test may change."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+# ---- What a run leaves ---------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("variant", ["baseline", "enhanced"])
 def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, tmp_path):
     output = tmp_path / "run"
-    result = run_script(variant, *flags(folders, output))
+    result = run_script_here(variant, *flags(folders, output))
     assert result.returncode == 0, result.stderr
     assert "\r" not in result.stdout + result.stderr  # no progress bar where there is no terminal
-    assert len(re.findall(r"^ +[12]  +\d\.\d+  +\d\.\d+  +\d+\.\d\d%", result.stdout, re.M)) == 2
 
     saved = torch.load(output / "checkpoint.pt", weights_only=True)
     assert (saved["format"], saved["variant"], saved["epoch"], saved["seed"]) == (1, variant, 2, 0)
@@ -32,9 +55,7 @@ def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, t
     assert len(saved["mean"]) == len(saved["std"]) == 3
     assert saved["recipe"]["batch_size"] == 32
     for weights in ("model", "averaged"):
-        network = BUILDERS[variant](num_classes=3, **saved["network"])
-        network.load_state_dict(saved[weights])
-        assert not [name for name in saved[weights] if "module." in name or "_orig_mod" in name]
+        BUILDERS[variant](num_classes=3, **saved["network"]).load_state_dict(saved[weights])
 
     summary = json.loads((output / "summary.json").read_text())
     assert set(summary["test_accuracy"]) == {"raw", "averaged", "raw_tta", "averaged_tta"}
@@ -45,170 +66,185 @@ def test_a_run_trains_and_leaves_everything_that_is_promised(variant, folders, t
         assert summary[key]
 
     rows = list(csv.DictReader((output / "metrics.csv").open()))
-    assert [row["epoch"] for row in rows] == ["1", "2"]
-    headline = summary["test_accuracy"][summary["headline"]]
-    assert float(rows[-1]["test_accuracy"]) == pytest.approx(headline, abs=0.01)
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == saved["metrics"]
+    headline = summary["headline"]
+    assert float(rows[-1]["test_accuracy"]) == pytest.approx(summary["test_accuracy"][headline], abs=0.01)
+    assert float(rows[-1]["test_loss"]) == pytest.approx(summary["test_loss"][headline], abs=0.001)
     assert sum(float(row["seconds"]) for row in rows) == pytest.approx(summary["seconds"], abs=0.1)
+    assert {file.name for file in output.iterdir()} == {
+        ".lock",
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+        "metrics.csv",
+        "summary.json",
+    }
+    assert checkpoint.load(output / "checkpoint.previous.pt")["epoch"] == 1
 
 
-def test_a_finished_run_trains_nothing_and_other_settings_are_refused(folders, tmp_path):
-    output = tmp_path / "run"
-    first = run_script_here("baseline", *flags(folders, output, 1))
-    content, summary = ((output / name).read_bytes() for name in ("checkpoint.pt", "summary.json"))
-    again = run_script_here("baseline", *flags(folders, output, 1), "--data-url", "http://elsewhere")
-    assert again.returncode == 0, again.stderr
-    assert "nothing to train" in again.stdout
-    accuracies = [re.findall(r"^test_accuracy .*%", result.stdout, re.M) for result in (first, again)]
-    assert len(accuracies[0]) == 4
-    assert accuracies[0] == accuracies[1]
-    assert (output / "summary.json").read_bytes() == summary  # of what trained, not of what evaluates
+# ---- What a run prints ---------------------------------------------------------------------------------------------
 
-    evaluated = run_script("baseline", "--evaluate", "--data-dir", folders, "--output-dir", output)
-    assert re.findall(r"^test_accuracy .*%", evaluated.stdout, re.M) == accuracies[0]
 
-    nowhere = ("--data-dir", folders / "nowhere", "--data-url", "http://127.0.0.1:9/")  # told before it is looked at
-    other = run_script_here("baseline", *flags(folders, output, 3), "--learning-rate", "0.01", *nowhere)
-    assert other.returncode == 1
-    assert other.stdout == ""
-    for part in ("epochs was 1 and is now 3", "learning_rate was 0.025 and is now 0.01", "--output-dir", "--fresh"):
-        assert part in other.stderr
-    assert other.stderr.count("\n") == 1
-    Image.new("RGB", (32, 32)).save(folders / "train" / CLASSES[0] / "another.png")
-    changed = run_script_here("baseline", *flags(folders, output, 1))
-    assert changed.returncode == 1
-    assert re.search(r"data was 40 \+ 7 images, \w+ and is now 41 \+ 7 images, \w+; .*--output-dir", changed.stderr)
-    enhanced = run_script_here("enhanced", *flags(folders, output, 1))
-    assert enhanced.returncode == 1
-    assert "variant was baseline and is now enhanced" in enhanced.stderr
-    assert (output / "checkpoint.pt").read_bytes() == content
+def test_the_first_screen_names_network_data_device_versions_and_run_and_how_to_stop_and_resume(finished, pictures):
+    run, output = finished
+    header = output[: output.index("\n\n")].splitlines()
+    assert [line[:10].strip() for line in header] == ["network", "", "data", "device", "versions", "run", ""]
+    assert all(line[8:10] == "  " and line[10] != " " for line in header)  # two columns
+    network, size, data, device, versions, place, stop = (line[10:] for line in header)
+    assert network == "baseline: 3,047,403 parameters, 80.0 M MACs"
+    assert size.startswith("32 x 32 pixels, width 1.15, ")
+    assert str(pictures) in data and "40 training images, 7 for evaluation" in data
+    assert device.startswith("cpu (") and ", 1 x 1 threads, " in device
+    assert f"torch {torch.__version__}" in versions
+    assert place == f"{run}, 0 of 2 epochs done"
+    assert stop == "Ctrl-C stops; the same command resumes after the last finished epoch"
+
+
+def test_each_epoch_is_one_row_under_its_columns_with_the_time_left(finished):
+    table = finished[1].split("\n\n")[1].splitlines()
+    assert re.split(r"  +", table[0]) == [
+        *("epoch", "learning rate", "loss", "test accuracy", "test loss", "images/s", "seconds", "left")
+    ]
+    assert [line.split()[0] for line in table[1:]] == ["1", "2"]
+    assert len({len(line) for line in table}) == 1
+    assert all(re.search(r"\d%  .*  \d+ min$", line) for line in table[1:])
+
+
+def test_the_end_is_the_result_the_time_and_commands_that_can_be_copied(finished):
+    run, output = finished
+    result = output.split("\n\n")[2].splitlines()
+    headline = json.loads((run / "summary.json").read_text())["test_accuracy"]["averaged"]
+    assert f"test accuracy {headline:6.2f}%  averaged weights (headline)" in result
+    assert [line[:14] for line in result[:5]] == ["test accuracy "] * 4 + ["test loss     "]
+    assert re.fullmatch(r"training time \d+\.\d min; next:", result[5])
+    commands = [shlex.split(line) for line in result[6:]]
+    for command, path in zip(commands, (run / "checkpoint.pt", run / "checkpoint.pt", run), strict=True):
+        assert command[:2] == ["python", "-m"]
+        assert (REPOSITORY / f"{command[2].replace('.', '/')}.py").is_file()
+        assert command[3] == str(path)
 
 
 def test_a_held_out_accuracy_is_called_so_everywhere(folders, tmp_path):
     result = run_script_here("enhanced", *flags(folders, tmp_path / "run", 1), "--holdout", 6)
     assert result.returncode == 0, result.stderr
-    assert "test_accuracy" not in result.stdout
-    assert result.stdout.count("holdout_accuracy") == 5
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert "holdout_accuracy" in summary
-    assert "test_accuracy" not in summary
-    assert "holdout_accuracy" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "6 training images held out" in result.stdout
+    assert not re.search("test (accuracy|loss)", result.stdout)
+    assert result.stdout.count("holdout accuracy") == 5
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    assert "holdout_accuracy" in summary and "test_accuracy" not in summary
+    assert "holdout_accuracy,holdout_loss" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
 
 
-def test_the_summary_needs_no_data_and_adds_up(tmp_path):
-    result = run_script_here("baseline", "--summary", "--data-dir", tmp_path / "nothing")
+@pytest.mark.parametrize(("size", "side"), [(32, 4), (48, 6), (64, 4), (224, 7)])
+def test_the_summary_needs_no_data_adds_up_and_shows_the_last_map_of_each_image_size(size, side, tmp_path):
+    result = run_script_here("baseline", "--summary", "--image-size", size, "--data-dir", tmp_path / "nothing")
     assert result.returncode == 0, result.stderr
     rows = [re.split(r"  +", line.strip()) for line in result.stdout.splitlines()[1:]]
     parameters, macs = (sum(int(row[column].replace(",", "")) for row in rows[:-1]) for column in (-2, -1))
-    assert (parameters, macs) == (3_056_370, 80_020_992)
-    assert rows[-1] == ["total", "3,056,370", "80,020,992"]
+    assert rows[-1] == ["total", f"{parameters:,}", f"{macs:,}"]
+    assert parameters == 3_056_370
+    if size == 32:
+        assert macs == 80_020_992
     kinds = [row[1] for row in rows]
     assert [kinds.count(kind) for kind in ("ExtraDW", "IB", "ConvNext")] == [3, 8, 1]
+    assert [row[2] for row in rows if row[0] == "head"] == [f"1104 x {side} x {side}"]
+    assert not list(tmp_path.iterdir())
 
 
-def test_made_up_images_say_that_the_accuracy_means_nothing(tmp_path):
-    result = run_script_here(
-        "baseline", "--synthetic", "--epochs", 1, "--image-size", 16, "--output-dir", tmp_path / "run"
+# ---- The same command again, and others ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_trains_nothing_and_writes_its_metrics_again_from_the_checkpoint(finished, copy, pictures):
+    content, summary, metrics = (
+        (copy / name).read_bytes() for name in ("checkpoint.pt", "summary.json", "metrics.csv")
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("means nothing") == 2
+    (copy / "metrics.csv").unlink()
+    os.mkfifo(copy / "metrics.csv")  # opening it would wait for a reader
+    again = run_script_here("baseline", *flags(pictures, copy), "--data-url", "http://elsewhere")
+    assert again.returncode == 0, again.stderr
+    assert "2 of 2 epochs done" in again.stdout and "nothing to train" in again.stdout
+    assert again.stdout.split("\n\n")[-1].splitlines()[:6] == finished[1].split("\n\n")[2].splitlines()[:6]
+    assert (copy / "metrics.csv").read_bytes() == metrics
+    assert (copy / "checkpoint.pt").read_bytes() == content
+    assert (copy / "summary.json").read_bytes() == summary  # of what trained, not of what evaluates
+    (copy / "metrics.csv").write_text("epoch,seconds\n1,nan\n")
+    assert run_script_here("baseline", *flags(pictures, copy)).returncode == 0
+    assert (copy / "metrics.csv").read_bytes() == metrics
 
 
-def test_without_data_and_network_one_line_says_what_to_do(tmp_path):
-    result = run_script(
-        "enhanced", "--data-dir", tmp_path / "no", "--output-dir", tmp_path / "run", "--data-url", "http://127.0.0.1:9/"
-    )
+def test_other_settings_another_variant_and_other_data_are_refused_by_name(copy, pictures, tmp_path):
+    content = (copy / "checkpoint.pt").read_bytes()
+    other = run_script_here("baseline", *flags(pictures, copy, 3), "--learning-rate", "0.01")
+    more = shutil.copytree(pictures, tmp_path / "more")
+    Image.new("RGB", (32, 32)).save(more / "train" / CLASSES[0] / "another.png")
+    changed = run_script_here("baseline", *flags(more, copy))
+    enhanced = run_script_here("enhanced", *flags(pictures, copy))
+    for result, parts in (
+        (other, ["epochs was 2 and is now 3", r"learning_rate was 0\.025 and is now 0\.01"]),
+        (changed, [r"data was 40 \+ 7 images, \w+ and is now 41 \+ 7 images, \w+"]),
+        (enhanced, ["variant was baseline and is now enhanced"]),
+    ):
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1
+        for part in [*parts, "--output-dir", "--fresh"]:
+            assert re.search(part, result.stderr)
+    assert (copy / "checkpoint.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "summary.json", "checkpoint.previous.pt"])
+def test_files_of_a_run_without_its_checkpoint_are_refused_and_not_deleted(name, pictures, tmp_path):
+    (tmp_path / name).write_text("somebody's own")
+    result = run_script_here("baseline", *flags(pictures, tmp_path))
     assert result.returncode == 1
-    assert result.stderr.count("\n") == 1
-    assert "--synthetic" in result.stderr
+    assert result.stderr == (
+        f"error: {tmp_path / name} is there without its checkpoint.pt; choose another --output-dir, or start over with "
+        "--fresh\n"
+    )
+    assert (tmp_path / name).read_text() == "somebody's own"
 
 
-def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
-    result = run_script("baseline", "--epochs", 0, "--output-dir", tmp_path / "run")
-    assert result.returncode == 2
-    assert "--epochs" in result.stderr
-    result = run_script_here("baseline", "--crop-padding", 32, "--output-dir", tmp_path / "run")
-    assert result.returncode == 2
-    assert result.stderr.endswith("error: crop_padding must be less than image_size 32, got 32\n")
-    assert not (tmp_path / "run").exists()
-
-
-def test_weights_in_half_precision_are_evaluated_and_not_trained_on(folders, tmp_path):
-    run, file = tmp_path / "run", tmp_path / "weights.pt"
-    trained = run_script_here("baseline", *flags(folders, run, 1), "--recipe", "long", "--cutmix", 0)
-    assert trained.returncode == 0, trained.stderr
-    result = run_here(export.main, run / "checkpoint.pt", file)
-    assert result.returncode == 0, result.stderr
-    assert file.stat().st_size < 2.1 * 3_056_370 + 100_000
-    evaluated = run_script_here("baseline", "--evaluate", file, "--data-dir", folders)  # which knows its strides
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "212,842,240 MACs" in evaluated.stdout
-    accuracies = re.findall(r"^test_accuracy averaged.*%", evaluated.stdout, re.M)
-    assert accuracies == re.findall(r"^test_accuracy averaged.*%", trained.stdout, re.M)
-    assert "test_accuracy raw" not in evaluated.stdout
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "checkpoint.pt").write_bytes(file.read_bytes())
-    again = run_script_here("baseline", *flags(folders, tmp_path / "other", 1), "--recipe", "long", "--cutmix", 0)
-    assert again.returncode == 1
-    assert "weights alone" in again.stderr
-    wrong = run_script_here("enhanced", "--evaluate", file, "--data-dir", folders)
-    assert wrong.stderr.endswith("variant was baseline and is now enhanced\n")  # with no advice on continuing
-    saved = common.load_checkpoint(file)  # as an older program may have saved it
-    older = {key: value for key, value in saved["recipe"].items() if key not in ("cutmix", "plain_end")}
-    common.write_checkpoint(tmp_path / "older.pt", saved | {"recipe": older})
-    evaluated = run_script_here("baseline", "--evaluate", tmp_path / "older.pt", "--data-dir", folders)
-    assert evaluated.returncode == 0, evaluated.stderr
-    missing = run_script_here("baseline", "--evaluate", tmp_path / "none.pt", "--data-dir", folders)
-    assert missing.returncode == 1
-    assert "none.pt" in missing.stderr and missing.stderr.count("\n") == 1
-
-
-def test_a_run_begins_with_the_weights_of_another_and_a_new_classifier_where_classes_differ(folders, tmp_path):
-    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
-    result = run_script_here("baseline", *flags(folders, first, 1))
-    assert result.returncode == 0, result.stderr
+def test_a_run_starts_from_the_weights_of_another_and_a_new_classifier_where_classes_differ(finished, copy, tmp_path):
+    before, source = checkpoint.load(finished[0] / "checkpoint.pt"), copy / "checkpoint.pt"
     more = write_folders(tmp_path / "more", classes=[*CLASSES, "truck"])
-    still = ("--learning-rate", 0, "--adam-learning-rate", 0, "--init-from", first / "checkpoint.pt")
-    result = run_script_here("baseline", *flags(more, second, 1), *still)
+    still = ("--learning-rate", 0, "--adam-learning-rate", 0)
+    result = run_script_here("baseline", *flags(more, tmp_path / "run", 1), *still, "--init-from", source)
     assert result.returncode == 0, result.stderr
-    assert f"beginning with the weights of {first / 'checkpoint.pt'} and a new classifier of 4 classes" in result.stdout
-    before, after = (common.load_checkpoint(run / "checkpoint.pt") for run in (first, second))
+    after = checkpoint.load(tmp_path / "run" / "checkpoint.pt")
+    assert after["init_from"] == before["sha256"][:16]
     for name, _ in MobileNetV4(3).named_parameters():
         if name.startswith("classifier."):
             assert after["model"][name].shape[0] == 4
         else:
             assert torch.equal(after["model"][name], before["averaged"][name])
-    result = run_script_here("baseline", *flags(folders, third, 1), *still)
-    assert "classifier" not in result.stdout
-    same = common.load_checkpoint(third / "checkpoint.pt")["model"]
+
+    command = ("baseline", *flags(finished[0].parent / "pictures with spaces \u00e9", tmp_path / "same", 1), *still)
+    assert run_script_here(*command, "--init-from", source).returncode == 0
+    same = checkpoint.load(tmp_path / "same" / "checkpoint.pt")["model"]
     assert torch.equal(same["classifier.weight"], before["averaged"]["classifier.weight"])
-    # the same command goes on, another beginning is another run, and evaluation needs none
-    assert "nothing to train" in run_script_here("baseline", *flags(folders, third, 1), *still).stdout
-    other = run_script_here("baseline", *flags(folders, third, 1), *still[:4])
-    assert other.returncode == 1
-    assert "init_from was" in other.stderr and "is now None" in other.stderr
-    assert run_script_here("baseline", "--evaluate", "--data-dir", folders, "--output-dir", third).returncode == 0
+    source.unlink()  # a run that has begun needs it no more
+    for again in (command, (*command, "--init-from", source)):
+        assert "nothing to train" in run_script_here(*again).stdout
 
 
-def test_what_cannot_be_begun_with_is_told_in_one_line(folders, tmp_path):
-    assert run_script_here("baseline", *flags(folders, tmp_path / "run", 1)).returncode == 0
-    checkpoint = tmp_path / "run" / "checkpoint.pt"
-    wrong = run_script_here("enhanced", *flags(folders, tmp_path / "other", 1), "--init-from", checkpoint)
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith(f"error: --init-from {checkpoint}: the weights of another network")
-    missing = run_script_here("baseline", *flags(folders, tmp_path / "other", 1), "--init-from", tmp_path / "none.pt")
-    assert missing.returncode == 1
-    assert missing.stderr == f"error: --init-from {tmp_path / 'none.pt'}: not a file\n"
-    own = run_script_here("baseline", *flags(folders, tmp_path / "run", 1), "--fresh", "--init-from", checkpoint)
-    assert own.returncode == 1
-    assert "it would be replaced" in own.stderr
-    assert checkpoint.exists()
-    assert wrong.stderr.count("\n") == 1
+def test_weights_that_a_run_cannot_start_from_are_one_line(finished, copy, pictures, tmp_path):
+    source = finished[0] / "checkpoint.pt"
+    wrong = run_script_here("enhanced", *flags(pictures, tmp_path / "run", 1), "--init-from", source)
+    assert wrong.stderr.startswith(f"error: {source}: not a usable --init-from file (")
+    missing = run_script_here("baseline", *flags(pictures, tmp_path / "run", 1), "--init-from", tmp_path / "none.pt")
+    assert missing.stderr == f"error: {tmp_path / 'none.pt'}: not a file\n"
+    late = run_script_here("baseline", *flags(pictures, copy), "--init-from", source)  # the run began without
+    assert "init_from was None and is now " in late.stderr
+    for result in (wrong, missing, late):
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+    assert equal_runs(copy / "checkpoint.pt", source)
 
 
-@pytest.mark.parametrize(
-    ("size", "strides"), [(48, "[1, 1, 2, 2, 2]"), (64, "[1, 2, 2, 2, 2]"), (224, "[2, 2, 2, 2, 2]")]
-)
-def test_the_strides_follow_the_image_size_and_are_told(size, strides, folders, tmp_path):
-    result = run_script_here("baseline", *flags(folders, tmp_path / "run", 1), "--image-size", size)
-    assert result.returncode == 0, result.stderr
-    assert f"strides {strides}" in result.stdout
+# ---- Command lines -------------------------------------------------------------------------------------------------
+
+
+def test_a_bad_flag_ends_with_status_2_before_any_work(tmp_path):
+    result = run_script_here("baseline", "--epochs", 0, "--output-dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert result.stderr.endswith("error: argument --epochs: expected a whole number from 1 to 1e+06, got '0'\n")
+    assert not (tmp_path / "run").exists()

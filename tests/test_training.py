@@ -144,10 +144,10 @@ def test_nothing_in_an_epoch_waits_for_the_device_but_its_end():
     assert counts[0] == counts[1] > 0
 
 
-def test_a_trial_step_before_compiling_leaves_the_network_as_it_was():
+def test_compiling_ahead_leaves_the_network_as_it_was():
     data, state = small_data(), train(ONE)[0]
     before = {name: tensor.clone() for name, tensor in state.raw.state_dict().items()}
-    common.take_trial_step(state.raw, common.make_loss(state, data, ONE), (data.train_images, data.train_labels))
+    common.compile_ahead(state.raw, common.make_loss(state, data, ONE), (data.train_images, data.train_labels))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.raw.state_dict().items())
     assert all(parameter.grad is None for parameter in state.raw.parameters())
 
@@ -263,5 +263,5 @@ def test_a_run_that_resumes_keeps_what_auto_chose_at_its_start_unless_told_other
     assert (kept.precision, kept.compile) == ("bf16", "on")
     told = Config(batch_size=5, precision="fp32", compile="off")
     assert common.resolve_settings(told, small_data(), saved, Processes()) == told
-    odd = {"recipe": {"precision": [1.0], "compile": "banana"}}  # of a foreign file: compared, not believed
-    assert common.resolve_settings(Config(batch_size=5), small_data(), odd, Processes()).compile == "off"
+    with pytest.raises(RunError, match=r"not a usable checkpoint \(--precision must be one of"):
+        common.resolve_settings(Config(batch_size=5), small_data(), {"recipe": {"precision": [1.0]}}, Processes())

@@ -16,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from tools.trained import BUILDERS, Trained, as_data, load_images, load_network, logits_of
+from tools.trained import BUILDERS, Trained, load_images, load_network, logits_of
 from training.config import DEVICES, RunError, errors_in_one_line, printable
 
-__all__ = ["BUILDERS", "Trained", "as_data", "load_images", "load_network", "logits_of"]
+__all__ = ["BUILDERS", "Trained", "load_images", "load_network", "logits_of"]
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:

@@ -38,7 +38,6 @@ from training.schema import SCHEMA
 TOLERANCE = 1e-3  # of the largest logit, between what was written and the network in float32
 Run = Callable[[np.ndarray], np.ndarray]  # from images, float32 (N, 3, H, W) in 0..1, to logits (N, classes)
 
-
 # ---- The network to deploy -----------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
 
 
 def run_settings(saved: dict[str, Any]) -> Config:
-    """Return the settings of the run; what an older program knew under other names is found, what it lacked is ours."""
+    """Return the settings of the run; what an older checkpoint lacks gets its default."""
     recipe = {RENAMED.get(key, key): value for key, value in saved["recipe"].items()}
     known = Config(image_size=saved["image_size"]).identity()
     return Config(**{key: type(default)(recipe.get(key, default)) for key, default in known.items()})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from training.config import RunError, one_line
 from training.files import atomic_write, check_archive
-from training.schema import FORMAT, check_schema, is_weight
+from training.schema import FORMAT, check_schema
 
 LARGEST = 2**30  # bytes; no network of this kind comes near
 START_OVER = "choose another --output-dir, or start over with --fresh"
@@ -55,7 +55,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         RunError: naming the file, if it is missing, damaged, of another program, or of a newer format.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RunError(f"{path}: not a file")
     with usable(path):
         if (size := path.stat().st_size) > LARGEST:
@@ -118,15 +118,14 @@ def restore(path: Path, saved: dict[str, Any], state: State) -> None:
             groups = optimizer.state_dict()["param_groups"]  # settings are the command line's, not the file's
             optimizer.load_state_dict({"state": values["state"], "param_groups": groups})
             for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                check_optimizer_state(optimizer.state[parameter], parameter)
+                check_optimizer_state(optimizer.state[parameter], parameter.shape)
 
 
-def check_optimizer_state(values: dict[str, Any], parameter: Tensor) -> None:
-    """Refuse what load_state_dict of an optimizer would take: other names, shapes and values."""
-    shapes = {tuple(value.shape) for name, value in values.items() if name != "step"}
-    known = values.keys() in ({"momentum"}, {"step", "exp_avg", "exp_avg_sq"})
-    if not known or shapes != {tuple(parameter.shape)} or not all(map(is_weight, values.values())):
-        raise ValueError("an optimizer's state has other names, shapes or values than its weights need")
+def check_optimizer_state(values: dict[str, Any], shape: torch.Size) -> None:
+    """Refuse what load_state_dict of an optimizer would take: other names and shapes."""
+    shapes = {name: value.shape for name, value in values.items()}
+    if shapes not in ({"momentum": shape}, {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}):
+        raise ValueError("an optimizer's state has other names or shapes than its weights need")
 
 
 # ---- Save ----------------------------------------------------------------------------------------------------------
@@ -163,13 +162,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def on_cpu(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
     """Copy tensors to the CPU, those of a type in one transfer: each waits for the device."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-        return tensors
+        return dict(tensors)  # a state_dict is an OrderedDict
     copies = {}
     for dtype in {tensor.dtype for tensor in tensors.values()}:
         names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
         flat = torch.cat([tensors[name].flatten() for name in names]).cpu()
         parts = flat.split([tensors[name].numel() for name in names])
-        copies |= {name: part.view(tensors[name].shape).clone() for name, part in zip(names, parts, strict=True)}
+        for name, part in zip(names, parts, strict=True):  # in the memory format that it had
+            copies[name] = torch.empty_like(tensors[name], device="cpu").copy_(part.view(tensors[name].shape))
     return copies
 
 

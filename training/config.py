@@ -47,7 +47,9 @@ class Config:
     image_size: int = setting(32, "side in pixels to which pictures of your own are resized", 16, 512)
     holdout: int = setting(0, "hold out this many training images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
-    precision: str = setting("auto", "of most operations; auto: the faster here", choices=("auto", "bf16", "fp32"))
+    precision: str = setting(
+        "auto", "of convolutions and matrix products; auto: the faster here", choices=("auto", "bf16", "fp32")
+    )
     compile: str = setting("auto", "torch.compile; auto: if the run is long enough", choices=("auto", "on", "off"))
 
     data_dir: Path = setting(Path("data"), "CIFAR-10, or train/ and test/ with one folder per class", local=True)

@@ -1,4 +1,4 @@
-"""One Data on the device, from CIFAR-10, class folders or drawn shapes."""
+"""The data set as tensors on the device: CIFAR-10, class folders or drawn shapes."""
 
 import hashlib
 from dataclasses import dataclass

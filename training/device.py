@@ -6,9 +6,11 @@ import logging
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,17 +27,19 @@ def choose(requested: str) -> torch.device:
         RunError: if there is no such device here.
     """
     torchrun = torch.distributed.is_torchelastic_launched()
-    found = ["cpu"]
+    index = int(os.environ["LOCAL_RANK"]) if torchrun else 0
+    found = [torch.device("cpu")]
     if torch.backends.mps.is_available() and not torchrun:  # gloo cannot average tensors on MPS
-        found.insert(0, "mps")
-    if torch.cuda.is_available():
-        cuda = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if runs_kernels(cuda):
-            found.insert(0, "cuda")
-    if requested not in ("auto", *found):
-        raise RunError(f"--device {requested}: not available here; this machine has {', '.join(found)}")
-    chosen = found[0] if requested == "auto" else requested
-    return cuda if chosen == "cuda" else torch.device(chosen)
+        found.insert(0, torch.device("mps"))
+    if requested in ("auto", "cuda") and torch.cuda.is_available():
+        if index >= torch.cuda.device_count():
+            raise RunError(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()})")
+        if runs_kernels(torch.device("cuda", index)):
+            found.insert(0, torch.device("cuda", index))
+    for device in found:
+        if requested in ("auto", device.type):
+            return device
+    raise RunError(f"--device {requested}: not available here, only {', '.join(device.type for device in found)}")
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -43,7 +47,7 @@ def runs_kernels(device: torch.device) -> bool:
     try:
         return torch.ones(2, device=device).sum().item() == 2
     except RuntimeError as error:
-        print(f"notice: {device} is not used, it cannot run this build of PyTorch ({one_line(error)})")
+        print(f"notice: {device} is not used: this build of PyTorch fails on it ({one_line(error)})", file=sys.stderr)
         return False
 
 
@@ -61,8 +65,10 @@ def set_up(device: torch.device, threads: int = 0) -> None:
 
 def describe(device: torch.device) -> str:
     """Return a device's name for people."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{device.type} ({chip})"
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    name = capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{device.type} ({name}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 # ---- What suits a device -------------------------------------------------------------------------------------------
@@ -85,9 +91,13 @@ def fastest_precision(device: torch.device) -> str:
 
 def cpu_computes_bf16() -> bool:
     """Return whether the CPU multiplies in bf16 (AVX-512 BF16, which AMX includes)."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # before torch 2.11
+    before_2_11 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(capabilities().get("avx512_bf16", False) if capabilities() else before_2_11())
+
+
+def capabilities() -> dict[str, Any]:
+    """Return what PyTorch knows about the CPU, before torch 2.11 nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def evaluation_batch(device: torch.device, image_size: int) -> int:

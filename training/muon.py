@@ -12,10 +12,9 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """Muon for convolutions and linear layers, many matrices at once.
 
-    torch.optim.Muon takes one two-dimensional parameter at a time; this one takes convolutions too, as matrices
-    (out, in x height x width), and very large matrices in blocks of rows: whole, the one of this network would take as
-    long as all convolutions forward, and train no better (results/tuning). Off the CPU all are one batch, filled up
-    with zeros: more arithmetic in a tenth of the kernel launches.
+    torch.optim.Muon takes one matrix at a time; this one takes convolutions too, as matrices (out, in x height x
+    width), and very large matrices in blocks of rows: whole, the one of this network would take as long as all
+    convolutions forward, and train no better (results/tuning). Off the CPU all are one batch, filled up with zeros.
 
     Args:
         params: Weights of dense convolutions and linear layers.
@@ -40,17 +39,15 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             gradients = [weight.grad for weight in weights]
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+            for weight in (weight for weight in weights if not self.state[weight]):
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
             momenta = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, gradients)
             updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for blocks, matrices in self.batches(weights, updates):
-                same = len({matrix.shape for matrix in matrices}) == 1
-                scale, steps = (self.stacked_steps if same else self.padded_steps)(matrices)
+                scale, steps = self.directions(matrices)
                 steps = [in_format_of(block, step) for block, step in zip(blocks, steps, strict=True)]
                 torch._foreach_add_(blocks, steps, alpha=-group["lr"] * scale)
 
@@ -67,15 +64,13 @@ class Muon(torch.optim.Optimizer):
                 matrices.append(part)
         return batches.values()
 
-    def stacked_steps(self, matrices: list[Tensor]) -> tuple[float, Iterable[Tensor]]:
-        """Return (scale, orthogonal matrices) of matrices of one shape."""
+    def directions(self, matrices: list[Tensor]) -> tuple[float, Iterable[Tensor]]:
+        """Return (scale, orthogonal matrices); matrices of several shapes, in one padded batch, are scaled already."""
         rows, columns = matrices[0].shape
-        stacked = matrices[0].new_empty(len(matrices), rows, columns, dtype=self.dtype)
-        torch._foreach_copy_(list(stacked), matrices)
-        return max(1, rows / columns) ** 0.5, orthogonalize(stacked)
-
-    def padded_steps(self, matrices: list[Tensor]) -> tuple[float, Iterable[Tensor]]:
-        """Return (1, orthogonal matrices times their scales) of matrices of any shapes, in few large operations."""
+        if len({matrix.shape for matrix in matrices}) == 1:
+            stacked = torch.empty(len(matrices), rows, columns, dtype=self.dtype, device=matrices[0].device)
+            torch._foreach_copy_(list(stacked), matrices)
+            return max(1, rows / columns) ** 0.5, orthogonalize(stacked)
         source, place, scale = self.padding(tuple(matrix.shape for matrix in matrices), matrices[0].device)
         elements = torch.cat([*(matrix.flatten() for matrix in matrices), matrices[0].new_zeros(1)]).to(self.dtype)
         steps = orthogonalize(elements[source]).flatten()[place] * scale
@@ -83,12 +78,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def padding(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out matrices as one batch, (B, rows, columns), the tall ones transposed, filled up with zeros.
-
-    Returns:
-        For each place in the batch its element, counted through all matrices and then a zero; for each element its
-        place, and its scale.
-    """
+    """Lay out matrices as one batch, tall ones transposed: return which element stands at each place (the last number
+    is a zero), int64 (B, rows, columns), and of all elements the places, int64, and scales, float32."""
     sizes = [math.prod(shape) for shape in shapes]
     source = torch.full((len(shapes), max(map(min, shapes)), max(map(max, shapes))), sum(sizes))
     for matrix, shape, elements in zip(source, shapes, torch.arange(sum(sizes)).split(sizes), strict=True):
@@ -101,7 +92,7 @@ def padding(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tenso
 
 
 def in_format_of(block: Tensor, step: Tensor) -> Tensor:
-    """Return a step in the shape and memory format of its block: where one differs, foreach takes each alone."""
+    """Return a step in the shape and memory format of its block: if one differs, foreach takes one at a time."""
     step, last = step.reshape(block.shape), torch.channels_last
     return step.contiguous(memory_format=last) if block.is_contiguous(memory_format=last) else step
 

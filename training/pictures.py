@@ -187,7 +187,7 @@ def draw_shape(kind: str, size: int, generator: np.random.Generator) -> np.ndarr
     return (image if generator.random() < 0.5 else 255 - image).clip(0, 255).astype(np.uint8)
 
 
-def draw_shapes(size: int, *, train: int = 3200, test: int = 400) -> tuple[list[str], Arrays, Arrays]:
+def draw_shapes(size: int, *, train: int = 2560, test: int = 400) -> tuple[list[str], Arrays, Arrays]:
     """Draw ten kinds of shapes in turn, the same at each call; return class names, training and test images."""
     generator, classes = np.random.default_rng(0), list(SHAPES)
     labels = np.arange(train + test, dtype=np.int64) % len(classes)

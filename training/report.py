@@ -87,7 +87,7 @@ def print_row(row: Row, split: str, seconds_left: float) -> None:
 
 def write_metrics(folder: RunFolder, rows: list[Row]) -> None:
     text = io.StringIO(newline="")
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table = csv.DictWriter(text, rows[-1], extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     with atomic_write(folder.metrics) as file:

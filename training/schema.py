@@ -47,6 +47,12 @@ def is_weights(value: Any) -> bool:
     return is_mapping(value, is_weight) and all((value[key] >= 0).all() for key in value if key.endswith(variances))
 
 
+def is_optimizer(value: Any) -> bool:
+    """Return whether a value holds an optimizer's state; load_state_dict copies whatever is in there."""
+    state = value.get("state") if type(value) is dict else None
+    return type(state) is dict and all(is_mapping(tensors, is_weight) for tensors in state.values())
+
+
 def is_row(value: Any) -> bool:
     return is_mapping(value, is_number) and {"epoch", "seconds"} <= value.keys()
 
@@ -70,7 +76,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
 OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "environment": is_settings,  # device, threads, ... : resuming elsewhere is allowed, but not bit for bit
     "metrics": lambda v: is_list(v, is_row),  # of each epoch done; the one place with times
-    "optimizer": lambda v: is_list(v, lambda item: type(item) is dict),  # see restore
+    "optimizer": lambda v: is_list(v, is_optimizer),  # names and shapes: see restore
 }
 
 
@@ -84,6 +90,8 @@ def check_schema(saved: Any) -> None:
         raise ValueError(f"it holds a {type(saved).__name__}")
     if type(saved.get("format")) is int and saved["format"] > FORMAT:
         raise ValueError(f"its format is {saved['format']}, this program reads up to {FORMAT}")
+    if unknown := saved.keys() - (SCHEMA | OPTIONAL).keys():
+        raise ValueError(f"it has {printable(reprlib.repr(unknown))}, which no checkpoint has")
     for key, is_right in (SCHEMA | OPTIONAL).items():
         if key not in saved and key in SCHEMA:
             raise ValueError(f"it has no {key}")

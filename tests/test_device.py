@@ -1,5 +1,7 @@
 """What is chosen for a device, by what it can do: the devices themselves are mocked."""
 
+import re
+
 import pytest
 import torch
 from helpers import CPU
@@ -14,32 +16,56 @@ def resolve(where=CPU, images=50_000, **settings):
     return device.resolve_auto(Config(**settings), where, images)
 
 
-def test_the_device_is_the_one_asked_for_or_the_best_there_is(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert device.choose("auto").type == "mps"
-    assert device.choose("cpu").type == "cpu"
-    with pytest.raises(RunError, match=r"--device cuda: .* mps, cpu"):
+def give(monkeypatch, *, cuda=False, mps=False, torchrun=False, works=True):
+    """Make PyTorch report these devices; `works`: whether the GPU runs a kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: torchrun)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def ones(*size, device):
+        if not works:
+            raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
+        return torch.full(size, 1.0)
+
+    monkeypatch.setattr(torch, "ones", ones)
+
+
+@pytest.mark.parametrize(
+    ("here", "requested", "chosen"),
+    [
+        ({}, "auto", "cpu"),
+        ({"mps": True}, "auto", "mps"),
+        ({"mps": True}, "cpu", "cpu"),
+        ({"cuda": True, "mps": True}, "auto", "cuda:0"),
+        ({"cuda": True}, "cpu", "cpu"),
+        ({"mps": True, "torchrun": True}, "auto", "cpu"),  # whose gradients gloo could not average
+        ({"cuda": True, "torchrun": True}, "auto", "cuda:0"),
+    ],
+)
+def test_auto_takes_the_fastest_device_that_works(monkeypatch, here, requested, chosen):
+    give(monkeypatch, **here)
+    assert device.choose(requested) == torch.device(chosen)
+
+
+def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
+    give(monkeypatch, cuda=True, torchrun=True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device.choose("auto") == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(RunError, match="more processes than there are GPUs"):
+        device.choose("auto")
+
+
+@pytest.mark.parametrize(("mps", "chosen"), [(True, "mps"), (False, "cpu")])
+def test_a_gpu_whose_first_kernel_dies_is_left_out_with_one_line(monkeypatch, capsys, mps, chosen):
+    give(monkeypatch, cuda=True, mps=mps, works=False)
+    assert device.choose("auto") == torch.device(chosen)
+    printed = "".join(capsys.readouterr())
+    assert re.fullmatch(r"notice: cuda:0 is not used.*no kernel image is available for execution.*\n", printed)
+    with pytest.raises(RunError, match=r"--device cuda: not available here.*cpu"):
         device.choose("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(device, "runs_kernels", lambda where: True)
-    assert device.choose("auto").type == "cuda"
-    assert device.choose("mps").type == "mps"
-
-
-def test_a_gpu_that_cannot_run_a_kernel_is_named_and_not_used(monkeypatch, capsys):
-    def fail(*_, **__):
-        raise RuntimeError("no kernel image is available\nfor execution on the device")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "ones", fail)
-    assert device.choose("auto") == CPU
-    told = "".join(capsys.readouterr())
-    assert told.startswith("notice: cuda:0 is not used")
-    assert told.count("\n") == 1
 
 
 def test_choosing_changes_nothing_and_setting_up_sets_the_threads():
@@ -78,6 +104,19 @@ def test_compilation_is_chosen_by_the_length_of_the_whole_run_where_it_works(mon
     )
     monkeypatch.setattr(device, "can_compile", lambda where: False)
     assert resolve(epochs=10).compile == "off"
+
+
+def test_the_compiler_options_suit_the_device(monkeypatch):
+    options = {}
+    for kind in ("cpu", "cuda", "mps"):
+        assert callable(device.compiled(torch.relu, torch.device(kind)))  # PyTorch knows all of them
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: options.update(settings["options"]))
+    device.compiled(torch.relu, torch.device("mps"))
+    assert options["layout_optimization"] is False
+    for processes in (1, 2):
+        device.compiled(torch.relu, torch.device("cuda"), processes=processes)
+        assert options["triton.cudagraphs"] == (processes == 1)
+    assert options["deterministic"]
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):

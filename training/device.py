@@ -149,7 +149,15 @@ def compiled(function: Callable, device: torch.device, *, processes: int = 1) ->
         "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
         "mps": {"layout_optimization": False},  # channels last is several times slower there
     }
-    return torch.compile(function, dynamic=False, options=options[device.type])
+    fast = torch.compile(function, dynamic=False, options=options[device.type])
+    if device.type != "cuda":
+        return fast
+
+    def step(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # the memory of the step before is free again
+        return fast(*arguments)
+
+    return step
 
 
 @contextlib.contextmanager

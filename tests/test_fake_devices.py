@@ -1,6 +1,6 @@
-"""CUDA and MPS without the hardware: whole steps on fake devices, the choice of a device, what suits each.
+"""CUDA and MPS without the hardware: whole steps on fake devices.
 
-These are tests of devices, dtypes and choices only: no kernel of either device runs here.
+These are tests of devices and dtypes only: no kernel of either device runs here.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 from training import device, muon
-from training.config import Config, RunError
+from training.config import Config
 from training.data import Data
 from training.muon import Muon
 
@@ -266,96 +266,6 @@ def test_a_tensor_changed_in_place_that_is_no_buffer_is_found():
     check_for_cuda_graphs(train_and_predict("cuda", Tiny))
     with pytest.raises(AssertionError, match="something else than a buffer"):
         check_for_cuda_graphs(train_and_predict("cuda", Counting))
-
-
-# ---- Choice --------------------------------------------------------------------------------------------------------
-
-
-def give(monkeypatch, *, cuda=False, mps=False, torchrun=False, works=True):
-    """Make PyTorch report these devices; `works`: whether the GPU runs a kernel."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: torchrun)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-
-    def ones(*size, device):
-        if not works:
-            raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
-        return torch.full(size, 1.0)
-
-    monkeypatch.setattr(torch, "ones", ones)
-
-
-@pytest.mark.parametrize(
-    ("here", "requested", "chosen"),
-    [
-        ({}, "auto", "cpu"),
-        ({"mps": True}, "auto", "mps"),
-        ({"mps": True}, "cpu", "cpu"),
-        ({"cuda": True, "mps": True}, "auto", "cuda:0"),
-        ({"cuda": True}, "cpu", "cpu"),
-        ({"mps": True, "torchrun": True}, "auto", "cpu"),  # whose gradients gloo could not average
-        ({"cuda": True, "torchrun": True}, "auto", "cuda:0"),
-    ],
-)
-def test_auto_takes_the_fastest_device_that_works(monkeypatch, here, requested, chosen):
-    give(monkeypatch, **here)
-    assert device.choose(requested) == torch.device(chosen)
-
-
-def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
-    give(monkeypatch, cuda=True, torchrun=True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert device.choose("auto") == torch.device("cuda:3")
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(RunError, match="more processes than there are GPUs"):
-        device.choose("auto")
-
-
-@pytest.mark.parametrize(("mps", "chosen"), [(True, "mps"), (False, "cpu")])
-def test_a_gpu_whose_first_kernel_dies_is_left_out_with_one_line(monkeypatch, capsys, mps, chosen):
-    give(monkeypatch, cuda=True, mps=mps, works=False)
-    assert device.choose("auto") == torch.device(chosen)
-    printed = "".join(capsys.readouterr())
-    assert re.fullmatch(r"notice: cuda:0 is not used.*no kernel image is available for execution.*\n", printed)
-    with pytest.raises(RunError, match=r"--device cuda: not available here.*cpu"):
-        device.choose("cuda")
-
-
-def test_the_memory_format_is_channels_last_where_that_is_faster(monkeypatch):
-    capability = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[-1])
-    cuda, last = torch.device("cuda:0"), torch.channels_last
-    for version, expected in (((7, 5), torch.contiguous_format), ((8, 0), last), ((9, 0), last)):
-        capability.append(version)
-        assert device.memory_format(cuda) == expected
-    assert device.memory_format(torch.device("mps")) == torch.contiguous_format
-    assert device.memory_format(torch.device("cpu")) == last
-
-
-def test_the_compiler_options_suit_the_device(monkeypatch):
-    options = {}
-    for kind in ("cpu", "cuda", "mps"):
-        assert callable(device.compiled(torch.relu, torch.device(kind)))  # PyTorch knows all of them
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: options.update(settings["options"]))
-    device.compiled(torch.relu, torch.device("mps"))
-    assert options["layout_optimization"] is False
-    for processes in (1, 2):
-        device.compiled(torch.relu, torch.device("cuda"), processes=processes)
-        assert options["triton.cudagraphs"] == (processes == 1)
-    assert options["deterministic"]
-
-
-def test_compilation_is_left_out_on_mps_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(device, "can_compile", lambda _: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    chosen = {
-        kind: device.resolve_auto(Config(), torch.device(kind), 50_000).compile for kind in ("cpu", "cuda", "mps")
-    }
-    assert chosen == {"cpu": "on", "cuda": "on", "mps": "off"}
-    assert device.resolve_auto(Config(compile="on"), torch.device("mps"), 50_000).compile == "on"
-    assert device.resolve_auto(Config(epochs=1), torch.device("cuda"), 1000).compile == "off"
 
 
 # ---- Muon's one batch ----------------------------------------------------------------------------------------------

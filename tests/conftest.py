@@ -17,3 +17,8 @@ def one_thread():
 @pytest.fixture
 def folders(tmp_path):
     return write_folders(tmp_path / "pictures with spaces \u00e9")
+
+
+def pytest_collection_modifyitems(items):
+    """Run the longest tests first, so that no worker waits for the other at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_reliability", "test_processes", "test_readme"))

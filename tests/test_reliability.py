@@ -47,7 +47,10 @@ EPOCHS = 5
 BOTH = pytest.mark.parametrize("variant", ["baseline", "enhanced"])
 COMPILED = ("--compile", "on", "--threads", 2)  # as a long run
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.xdist_group("reliability"),  # the undisturbed runs are made once, for one worker
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 
 def epoch_of(run: Path) -> int:

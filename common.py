@@ -287,10 +287,10 @@ def make_loss(state: State, data: Data, config: Config, processes: Processes = A
 
     if config.compile == "on" and device.can_compile(where):
         print("compiling the network: a minute or two the first time, seconds after that", flush=True)
-        loss_of = device.compiled(loss_of, where, processes=processes.size)
         drawn = draw_epoch(len(data.train_images), config, 1, where)
         batch = augment(data, drawn, slice(config.batch_size // processes.size), config)
         with device.compile_cache():
+            loss_of = device.compiled(loss_of, where, processes=processes.size)
             compile_ahead(state.raw, loss_of, batch)
     return average_gradients(state.raw, loss_of) if processes.size > 1 else loss_of
 

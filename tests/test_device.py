@@ -119,6 +119,20 @@ def test_the_compiler_options_suit_the_device(monkeypatch):
     assert options["deterministic"]
 
 
+def test_after_a_death_while_compiling_no_headers_are_precompiled(monkeypatch, tmp_path):
+    options = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: options.update(settings["options"]))
+    monkeypatch.setattr(device, "own_cache", lambda: tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # put back afterwards
+    for death, precompiled in ((False, True), (True, False), (False, False)):
+        if death:
+            (tmp_path / "compiled" / "unfinished").touch()
+        with device.compile_cache():
+            device.compiled(torch.relu, CPU)
+        assert options["cpp_cache_precompile_headers"] is precompiled
+
+
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("No C++ compiler\nand much more")

@@ -126,6 +126,8 @@ def synchronize(device: torch.device) -> None:
 
 # ---- Compilation ---------------------------------------------------------------------------------------------------
 
+DAMAGED = "headers-may-be-damaged"  # a file in the folder of compiled code
+
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
@@ -144,7 +146,7 @@ def compiled(function: Callable, device: torch.device, *, processes: int = 1) ->
     options = {
         "cpu": {
             "realize_reads_threshold": 100,  # compute what is cheap again rather than write it to memory
-            "cpp_cache_precompile_headers": False,  # they would lie outside of the cache and survive a damage
+            "cpp_cache_precompile_headers": not os.path.exists(cache_folder() / DAMAGED),
         },
         "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
         "mps": {"layout_optimization": False},  # channels last is several times slower there
@@ -160,14 +162,24 @@ def compiled(function: Callable, device: torch.device, *, processes: int = 1) ->
     return step
 
 
+def own_cache() -> Path:
+    return Path(torch.hub.get_dir()).with_name("compiled")
+
+
+def cache_folder() -> Path:
+    """Return where compiled code is kept: where TORCHINDUCTOR_CACHE_DIR says, else in a folder of our own."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own_cache()))
+
+
 @contextlib.contextmanager
 def compile_cache() -> Iterator[None]:
     """Compile with a cache that is dropped if a process died while it wrote there: damaged code is never loaded.
 
-    A user's own TORCHINDUCTOR_CACHE_DIR is used as it is.
+    From then on no headers are precompiled, which takes twice as long: PyTorch keeps them outside of the cache, where
+    one may be damaged too. A user's own cache is used as it is.
     """
-    cache = Path(torch.hub.get_dir()).with_name("compiled")
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache)) != str(cache) or " " in str(cache):
+    cache = cache_folder()
+    if cache != own_cache() or " " in str(cache):
         yield  # a compiler's command line would be split at a space
         return
     unfinished = cache / "unfinished"
@@ -176,6 +188,7 @@ def compile_cache() -> Iterator[None]:
         if unfinished.exists():
             shutil.rmtree(cache)
             cache.mkdir()
+            (cache / DAMAGED).touch()
         unfinished.touch()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         yield

@@ -55,7 +55,7 @@ def read_cifar10(root: Path, url: str | None = None) -> tuple[list[str], Arrays,
             f"CIFAR-10 is not in {root} and could not be downloaded:\n  {error}\nWhat helps:\n"
             f"  save {sources[-1]} (MD5 {ARCHIVE_MD5}) as {root / ARCHIVE}\n"
             "  --data-dir PATH with train/ and test/, each with a folder of pictures for each class\n"
-            f"  python {script if script.endswith('.py') else 'SCRIPT'} --synthetic --epochs 2"
+            f"  python {script if script.endswith('.py') else 'SCRIPT'} --synthetic --epochs 2 --output-dir runs/trial"
         ) from None
     return meta["label_names"], join(train), join([test])
 

@@ -48,7 +48,9 @@ class Config:
     holdout: int = setting(0, "hold out this many training images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
     precision: str = setting(
-        "auto", "of convolutions and matrix products; auto: the faster here", choices=("auto", "bf16", "fp32")
+        "auto",
+        "of convolutions and matrix products; auto: bf16 where the hardware has it",
+        choices=("auto", "bf16", "fp32"),
     )
     compile: str = setting("auto", "torch.compile; auto: if the run is long enough", choices=("auto", "on", "off"))
 
@@ -116,7 +118,8 @@ def parse_command_line(name: str) -> Config:
     local = parser.add_argument_group("data, output and device")
     for item in fields(Config):
         group, about = local if "local" in item.metadata else training, item.metadata
-        kind, help = type(item.default), about["help"] + (" (default: %(default)s)" if item.default else "")
+        kind = type(item.default)
+        help = about["help"] + " (default: %(default)s)" * (kind not in (bool, type(None)))
         options: dict[str, Any] = dict(default=item.default, help=help)
         if kind is bool:
             options |= dict(action="store_true")

@@ -377,7 +377,7 @@ def test_a_run_that_resumes_keeps_the_rows_and_times_of_its_epochs(folders, tmp_
     checkpoint.write(path, saved)
     (tmp_path / "summary.json").unlink()
     result = run_tiny(*flags(folders, tmp_path))
-    assert "training time 16.7 min" in result.stdout
+    assert "training time 17 min (1,000 seconds)" in result.stdout
     rows = checkpoint.load(path)["metrics"]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[0] == saved["metrics"][0]

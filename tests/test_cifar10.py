@@ -614,7 +614,7 @@ def test_the_message_names_each_source_and_what_helps(servers, root):
     for part in (servers[-1].url, cifar10.ARCHIVE_MD5, str(root / cifar10.ARCHIVE)):
         assert part in lines[5]
     assert lines[6].startswith("  --data-dir PATH")
-    assert lines[7:] == ["  python train.py --synthetic --epochs 2 --output-dir runs/trial"]
+    assert lines[7:] == ["  python mobilenetv4_baseline.py --synthetic --epochs 2 --output-dir runs/trial"]
 
 
 def test_what_cannot_be_written_is_named(server, root):

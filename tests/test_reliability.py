@@ -293,7 +293,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_previous_one_ends_as_if_nothing
     path.write_bytes(content)
     result = run_script_here(*command)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {path}: not a usable checkpoint (it does not match its checksum); ")
+    assert result.stderr.startswith(
+        f"error: {path}: not a usable checkpoint (it is damaged, incomplete, or no checkpoint of this project); "
+    )
     assert f"{half_done / 'checkpoint.previous.pt'}: rename it to checkpoint.pt" in result.stderr
     assert path.read_bytes() == content
     (half_done / "checkpoint.previous.pt").rename(path)

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -144,7 +145,9 @@ def quantize(content: bytes, images: np.ndarray) -> bytes:
     types = dict(activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8)
     with tempfile.TemporaryDirectory() as folder:
         source, target = onnx.load_from_string(content), Path(folder, "int8.onnx")
+        logging.disable(logging.WARNING)  # advice to fuse layers first, which the exporter did
         quantization.quantize_static(source, target, Reader(), per_channel=True, **types)
+        logging.disable(logging.NOTSET)
         return target.read_bytes()
 
 

@@ -165,6 +165,8 @@ def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterat
     draw_mistakes(predict(trained.network, data.test_images, data, trained.config), data, folder / "mistakes.png", plt)
     if (folder / "mistakes.png").exists():
         yield folder / "mistakes.png"
+    else:
+        print("no mistakes: mistakes.png is left out")
     draw_samples(data, trained.config, folder / "samples.png", plt)
     yield folder / "samples.png"
 

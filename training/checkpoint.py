@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Any]:
             raise ValueError(f"{size:,} bytes, more than a checkpoint has")
         content = path.read_bytes()
         if hashlib.sha256(content[:-34]).digest() != content[-32:]:
-            raise ValueError("it does not match its checksum")
+            raise ValueError("it is damaged, incomplete, or no checkpoint of this project")
         check_archive(io.BytesIO(content), len(content))
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         check_schema(saved)

@@ -5,7 +5,6 @@ import io
 import multiprocessing.pool
 import os
 import pickle
-import sys
 import tarfile
 import time
 import urllib.error
@@ -47,7 +46,7 @@ def read_cifar10(root: Path, url: str | None = None) -> tuple[list[str], Arrays,
 
     A RunError names each source (`url`, or else all of MIRRORS) with the reason why it failed, and what helps.
     """
-    sources, script = (url,) if url else MIRRORS, os.path.basename(sys.argv[0])
+    sources = (url,) if url else MIRRORS
     try:
         *train, test, meta = read_files(root) or fetch(root, sources)
     except (OSError, tarfile.TarError) as error:
@@ -55,7 +54,7 @@ def read_cifar10(root: Path, url: str | None = None) -> tuple[list[str], Arrays,
             f"CIFAR-10 is not in {root} and could not be downloaded:\n  {error}\nWhat helps:\n"
             f"  save {sources[-1]} (MD5 {ARCHIVE_MD5}) as {root / ARCHIVE}\n"
             "  --data-dir PATH with train/ and test/, each with a folder of pictures for each class\n"
-            f"  python {script if script.endswith('.py') else 'SCRIPT'} --synthetic --epochs 2 --output-dir runs/trial"
+            "  python mobilenetv4_baseline.py --synthetic --epochs 2 --output-dir runs/trial"
         ) from None
     return meta["label_names"], join(train), join([test])
 

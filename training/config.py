@@ -72,7 +72,9 @@ class Config:
             if "choices" in about and value not in about["choices"]:
                 raise ValueError(f"{flag(item.name)} must be one of {', '.join(about['choices'])}, got {value}")
             if about["low"] is not None and not about["low"] <= value <= about["high"]:
-                raise ValueError(f"{flag(item.name)} must be from {about['low']:g} to {about['high']:g}, got {value}")
+                raise ValueError(
+                    f"{flag(item.name)} must be from {about['low']:,.10g} to {about['high']:,.10g}, got {value}"
+                )
         if self.crop_padding >= self.image_size:
             raise ValueError(
                 f"--crop-padding must be less than --image-size {self.image_size}, got {self.crop_padding}"
@@ -101,7 +103,7 @@ def argument(kind: type, low: float | None = None, high: float | None = None) ->
             if text and (low is None or low <= value <= high):
                 return value
         expected = {int: "a whole number", float: "a number"}.get(kind, "a value")
-        limits = "" if low is None else f" from {low:g} to {high:g}"
+        limits = "" if low is None else f" from {low:,.10g} to {high:,.10g}"
         raise argparse.ArgumentTypeError(f"expected {expected}{limits}, got {text!r}")
 
     return parse

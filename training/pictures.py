@@ -122,6 +122,9 @@ def read_classes(folder: Path, size: int, classes: list[str]) -> Arrays:
 def read_folders(root: Path, size: int) -> tuple[list[str], Arrays, Arrays]:
     """Return the sorted class names, and the pictures of <root>/{train,test}/<class>/..., by (file name, class)."""
     splits = [root / "train", root / "test"]
+    for split in splits:
+        if not split.exists():
+            raise RunError(f"{printable(root)}: has no folder {split.name} (found: {listing(os.listdir(root))})")
     classes, others = (class_names(split, least=2) for split in splits)
     if differing := set(classes) ^ set(others):
         raise RunError(f"{printable(root)}: only one of train and test has {listing(differing)}")

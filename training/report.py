@@ -62,6 +62,8 @@ def print_header(facts: dict[str, Any], identity: dict[str, Any], config: Config
     if done == config.epochs:
         print("          nothing to train, evaluating the last epoch")
         return
+    if config.init_from:
+        print(f"          from the weights of {printable(config.init_from)}")
     same = "leave out --fresh to resume" if config.fresh else "the same command resumes"
     print(f"          Ctrl-C stops; {same} after the last finished epoch")
     if saved:
@@ -76,12 +78,19 @@ def print_columns(split: str) -> None:
     print(f"\nepoch  learning rate    loss  {scores}  images/s  seconds        left")
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people, as 45 s, 12 min or 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
 def print_row(row: Row, split: str, seconds_left: float) -> None:
-    minutes = round(seconds_left / 60)
-    left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+    accuracy, loss, left = row[f"{split}_accuracy"], row[f"{split}_loss"], duration(seconds_left)
     print(
-        f"{row['epoch']:>5}  {row['learning_rate']:>13.6f}  {row['loss']:>6.4f}  {row[f'{split}_accuracy']:>15.2f}%  "
-        f"{row[f'{split}_loss']:>12.4f}  {row['images_per_second']:>8.1f}  {row['seconds']:>7.1f}  {left:>10}"
+        f"{row['epoch']:>5}  {row['learning_rate']:>13.6f}  {row['loss']:>6.4f}  {accuracy:>15.2f}%  {loss:>12.4f}  "
+        f"{row['images_per_second']:>8.1f}  {row['seconds']:>7.1f}  {left:>10}"
     )
 
 
@@ -111,7 +120,7 @@ def print_result(folder: RunFolder, results: dict[str, Any], config: Config) -> 
         name = weights.replace("_tta", "") + " weights" + " + flip averaging" * weights.endswith("_tta")
         print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == headline)}")
     print(f"{split} loss     {results[f'{split}_loss'][headline]:7.4f}  {headline} weights")
-    print(f"training time {results['seconds'] / 60:.1f} min; next:")
+    print(f"training time {duration(results['seconds'])} ({results['seconds']:,.0f} seconds); next:")
     checkpoint, run = shlex.quote(str(folder.checkpoint)), shlex.quote(str(folder.path))
     for command in (f"evaluate {checkpoint}", f"predict {checkpoint} PICTURE", f"plot {run}"):
         print(f"  python -m tools.{command}")

@@ -1,6 +1,9 @@
 """What is chosen for a device, by what it can do: the devices themselves are mocked."""
 
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +120,13 @@ def test_the_compiler_options_suit_the_device(monkeypatch):
         device.compiled(torch.relu, torch.device("cuda"), processes=processes)
         assert options["triton.cudagraphs"] == (processes == 1)
     assert options["deterministic"]
+
+
+def test_compiled_code_has_a_folder_of_its_own_unless_the_user_chose_one(monkeypatch):
+    pytorchs = os.path.join(tempfile.gettempdir(), "torchinductor_somebody")  # which importing PyTorch's parts can set
+    for chosen, expected in (("", device.own_cache()), (pytorchs, device.own_cache()), ("/mine", Path("/mine"))):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
+        assert device.cache_folder() == expected
 
 
 def test_after_a_death_while_compiling_no_headers_are_precompiled(monkeypatch, tmp_path):

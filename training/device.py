@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,8 +168,10 @@ def own_cache() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return where compiled code is kept: where TORCHINDUCTOR_CACHE_DIR says, else in a folder of our own."""
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own_cache()))
+    """Return where compiled code is kept: where a user's TORCHINDUCTOR_CACHE_DIR says, else in a folder of our own."""
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")  # PyTorch sets it too, to this and the user's name
+    return Path(chosen) if chosen and not chosen.startswith(default) else own_cache()
 
 
 @contextlib.contextmanager

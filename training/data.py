@@ -9,9 +9,7 @@ from torch import Tensor
 
 from training.cifar10 import read_cifar10
 from training.config import Config, RunError
-from training.pictures import count_copies, draw_shapes, read_folders
-
-Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8, labels (N,) int64
+from training.pictures import Arrays, count_copies, draw_shapes, read_folders
 
 
 @dataclass(frozen=True)

@@ -62,19 +62,12 @@ def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         return nn.Conv2d.forward(layer, x.to(layer.weight.dtype))
 
 
-def compile_once(function: Callable, *, options: dict[str, Any], compile: Callable = torch.compile, **more: Any) -> Any:
-    """Do what torch.compile does, without computing again what is cheap."""
-    kept = {key: value for key, value in options.items() if key != "realize_reads_threshold"}
-    return compile(function, options=kept, **more)
-
-
 Patch = tuple[Any, str, Any]
 LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by a setting or a patch
     "freed memory kept": (cpu, "keep_freed_memory", lambda: None),
     "channels last": (device, "memory_format", lambda _: torch.contiguous_format),
     "bf16": {"precision": "fp32"},
     "compilation": {"compile": "off"},
-    "computing again": (torch, "compile", compile_once),
     "BN by image": (cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
     "depthwise gradients": (cpu.DepthwiseConv2d, "forward", plain_depthwise),
     "blocks in Muon": (Muon, "LARGE", 1 << 30),

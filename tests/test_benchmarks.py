@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +13,14 @@ from helpers import CLASSES, REPOSITORY, Tiny, random_images, run_here, run_tiny
 from torch import nn
 
 import common
-from benchmarks import ablation, mps_check, shifts, throughput
+from benchmarks import ablation, mps_check, shifts, throughput, time_to_accuracy
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from tools import BUILDERS
+from tools import BUILDERS, Trained
 from training import checkpoint, device
 from training.config import Config, RunError
+from training.data import load_data
+from training.summary import count_parameters
 
 # ---- Throughput ----------------------------------------------------------------------------------------------------
 
@@ -49,11 +52,33 @@ def test_each_lever_of_the_throughput_benchmark_is_one_that_the_loop_has():
         else:
             owner, name, replacement = lever
             assert callable(replacement) == callable(vars(owner)[name])
-    compiled = []
-    throughput.compile_once(
-        len, compile=lambda _, **more: compiled.append(more), options={"realize_reads_threshold": 9, "other": 1}
-    )
-    assert compiled == [{"options": {"other": 1}}]
+
+
+# ---- Time to an accuracy -------------------------------------------------------------------------------------------
+
+
+def test_airbench94_has_the_published_size_and_whitens_patches():
+    network = time_to_accuracy.airbench94()
+    assert count_parameters(network) == 1_972_792  # those of the published network, its frozen ones included
+    images = torch.randn(64, 3, 8, 8).cumsum(-1)
+    time_to_accuracy.whiten(network[0], images)
+    outputs = nn.functional.conv2d(images, network[0].weight).transpose(0, 1).flatten(1)
+    assert torch.allclose(outputs[:12], -outputs[12:], atol=1e-4)
+    assert torch.allclose(outputs[:12] @ outputs[:12].T / outputs.shape[1], torch.eye(12), atol=0.02)
+
+
+def test_airbench94_learns_drawn_shapes_and_is_evaluated_in_three_ways():
+    config = Config(epochs=2, batch_size=256, crop_padding=2, cutout=0, precision="fp32", synthetic=True)
+    data = load_data(config, torch.device("cpu"))
+    torch.manual_seed(0)
+    network = time_to_accuracy.airbench94()
+    time_to_accuracy.whiten(network[0], data.train_images[:500].permute(0, 3, 1, 2) / 255 - 0.5)
+    frozen = [parameter.clone() for parameter in network.parameters() if not parameter.requires_grad]
+    time_to_accuracy.train_airbench94(network, data, config)
+    still = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    assert all(map(torch.equal, frozen, still)) and len(frozen) == 7
+    trained = Trained(Path("airbench94"), network, {}, config, torch.device("cpu"))
+    assert min(time_to_accuracy.accuracies(trained, data)) > 50  # of ten kinds of shapes
 
 
 # ---- MPS -----------------------------------------------------------------------------------------------------------

@@ -303,7 +303,9 @@ def test_names_of_classes_are_escaped_in_tables_and_raw_in_json(trained, tmp_pat
     assert row["image"] == str(picture) and list(row["probabilities"]) == classes
     assert run_tool("export", file, tmp_path / "odd.onnx").returncode == 0
     (onnx,) = tools.optional("onnx")
-    about = {entry.key: entry.value for entry in onnx.load(tmp_path / "odd.onnx").metadata_props}
+    model = onnx.load(tmp_path / "odd.onnx")
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    about = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(about["classes"]) == classes
 
 

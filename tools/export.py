@@ -106,7 +106,7 @@ def to_program(trained: Trained) -> torch.export.ExportedProgram:
 def to_onnx(trained: Trained) -> bytes:
     """Return ONNX with classes (JSON) and image size as its metadata."""
     onnx, *_ = optional("onnx", "onnxscript", "onnxruntime")
-    names = dict(input_names=["images"], output_names=["logits"])
+    names = dict(input_names=["images"], output_names=["logits"], dynamic_shapes={"images": {0: "batch"}})
     model = torch.onnx.export(to_program(trained), **names, dynamo=True, verbose=False).model_proto
     classes, size = json.dumps(trained.saved["classes"]), str(trained.saved["image_size"])
     onnx.helper.set_model_props(model, {"classes": classes, "image_size": size, "input": "RGB in 0..1"})
@@ -184,19 +184,24 @@ def check_target(file: Path, checkpoint: Path) -> None:
         raise RunError(f"{printable(file)}: this would replace a checkpoint; choose another name")
 
 
-def describe(kind: str, run: Run, file: Path, size: int, data: Data | None) -> str:
-    """Return a row: accuracy, bytes, and the median latency of one image."""
+def latency(run: Run, size: int) -> float:
+    """Return the median time of one image on this CPU, in milliseconds."""
     image, times = np.random.default_rng(0).random((1, 3, size, size), dtype=np.float32), []
     for _ in range(110):
         start = time.perf_counter()
         run(image)
         times.append(time.perf_counter() - start)
-    accuracy = "-"
+    return 1e3 * statistics.median(times[10:])
+
+
+def describe(kind: str, run: Run, file: Path, size: int, data: Data | None) -> str:
+    """Return a row: accuracy, bytes, and the median latency of one image."""
+    milliseconds, accuracy = latency(run, size), "-"
     if data is not None:
         batches = data.test_images.split(250)
         logits = torch.from_numpy(np.concatenate([run(pixels(batch)) for batch in batches]))
         accuracy = f"{score(logits, data.test_labels)['accuracy']:.2f}%"
-    megabytes, milliseconds = file.stat().st_size / 1e6, 1e3 * statistics.median(times[10:])
+    megabytes = file.stat().st_size / 1e6
     return f"{kind:<8}{accuracy:>17}{megabytes:>9.2f} MB{milliseconds:>9.2f} ms  {printable(file)}"
 
 

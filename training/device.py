@@ -145,10 +145,7 @@ def can_compile(device: torch.device) -> bool:
 def compiled(function: Callable, device: torch.device, *, processes: int = 1) -> Callable:
     """Return torch.compile of a training step's loss, with the compiler options that suit the device."""
     options = {
-        "cpu": {
-            "realize_reads_threshold": 100,  # compute what is cheap again rather than write it to memory
-            "cpp_cache_precompile_headers": not os.path.exists(cache_folder() / DAMAGED),
-        },
+        "cpu": {"cpp_cache_precompile_headers": not os.path.exists(cache_folder() / DAMAGED)},
         "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
         "mps": {"layout_optimization": False},  # channels last is several times slower there
     }

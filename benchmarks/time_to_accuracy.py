@@ -31,7 +31,7 @@ from benchmarks.shifts import shift
 from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser
 from training import device
 from training.augmentation import augment, draw_epoch, random_generator
-from training.config import Config, RunError
+from training.config import DEVICES, Config, RunError, flag
 from training.cpu import keep_freed_memory
 from training.data import Data, load_data
 from training.muon import orthogonalize
@@ -138,11 +138,8 @@ def run_airbench94(options: argparse.Namespace) -> tuple[Trained, Data, float]:
     """Train airbench94, and return it as the tools take a network, the data, and the seconds of its training."""
     where = device.choose(options.device)
     device.set_up(where)
-    epochs, batch = options.airbench_epochs, BATCH
-    config = Config(
-        epochs=epochs, batch_size=batch, crop_padding=2, cutout=0, seed=options.seed, data_dir=options.data_dir
-    )
-    config = device.resolve_auto(config, where, 0)
+    settings = dict(epochs=options.airbench_epochs, batch_size=BATCH, crop_padding=2, cutout=0)
+    config = device.resolve_auto(Config(**settings, seed=options.seed, data_dir=options.data_dir), where, 0)
     data = load_data(config, where)
     begun = time.perf_counter()
     torch.manual_seed(options.seed)
@@ -164,18 +161,11 @@ def run_airbench94(options: argparse.Namespace) -> tuple[Trained, Data, float]:
 def run_script(variant: str, epochs: str, options: argparse.Namespace) -> tuple[Trained, Data, float]:
     """Train one of ours by its script, in a process of its own; return what run_airbench94 returns."""
     folder = options.output_dir / f"{variant}-{epochs}-seed-{options.seed}"
-    flags = [
-        "--epochs",
-        epochs,
-        "--seed",
-        str(options.seed),
-        "--data-dir",
-        options.data_dir,
-        "--device",
-        options.device,
-    ]
-    script = [sys.executable, f"mobilenetv4_{variant}.py", *flags, "--output-dir", folder]
-    if subprocess.run(script, stdout=sys.stderr).returncode:
+    settings = dict(
+        epochs=epochs, seed=options.seed, data_dir=options.data_dir, device=options.device, output_dir=folder
+    )
+    flags = [text for name, value in settings.items() for text in (flag(name), str(value))]
+    if subprocess.run([sys.executable, f"mobilenetv4_{variant}.py", *flags], stdout=sys.stderr).returncode:
         raise RunError(f"{variant}, {epochs} epochs: its script failed")
     trained = load_network(folder / "checkpoint.pt", on=options.device)
     return trained, load_images(trained)[0], json.loads((folder / "summary.json").read_text())["seconds"]
@@ -216,7 +206,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/time"), help="(default: %(default)s)")
     parser.add_argument("--airbench-epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
     with exit_in_one_line():
         keep_freed_memory()

@@ -3,7 +3,7 @@
 A script hands over a name, a function that builds its network, and a function that returns, for a configuration, the
 builder's arguments as plain values:
 
-    common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2), dropout=0.1))
+    common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2)))
 
 The file tells the story of a run: run, train, train_epoch, predict and evaluate; main is the program. Its parts are in
 training/. Everything random is a function of (seed, epoch) and the learning rate is a function of the step, so a run
@@ -231,7 +231,7 @@ def train_epoch(
     state.raw.train()
     drawn = draw_epoch(count, config, epoch, where)
     seed = random_generator(config.seed, epoch).initial_seed()
-    torch.manual_seed(seed + processes.rank)  # of dropout and stochastic depth
+    torch.manual_seed(seed + processes.rank)  # of stochastic depth
     averaged, raw = floating_tensors(state.averaged), floating_tensors(state.raw)
     losses = torch.zeros(steps, device=where)
     for step in range(steps):

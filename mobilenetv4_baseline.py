@@ -159,7 +159,6 @@ class MobileNetV4(nn.Module):
         width: Multiplies every channel count of the table but the 1280.
         strides: Strides of the stem and of stages 1 to 4; (2, 2, 2, 2, 2) is the paper's, for 224-pixel images.
         activation: Class of the activation, called without arguments.
-        dropout: Probability of dropping a feature before the classifier.
         block: Builds a block; called as UniversalInvertedBottleneck is.
 
     Shapes: images (N, 3, H, W), normalised float -> logits (N, num_classes).
@@ -172,7 +171,6 @@ class MobileNetV4(nn.Module):
         width: float = 1.15,
         strides: Sequence[int] = (1, 1, 2, 2, 2),
         activation: Activation = nn.ReLU6,
-        dropout: float = 0.1,
         block: Callable[..., nn.Module] = UniversalInvertedBottleneck,
     ) -> None:
         super().__init__()
@@ -208,7 +206,6 @@ class MobileNetV4(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         # The paper's 1 x 1 convolution of the pooled 1 x 1 map is this matrix product, which costs far less as one.
         self.features = nn.Sequential(nn.Linear(head, FEATURES, bias=False), nn.BatchNorm1d(FEATURES), activation())
-        self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(FEATURES, num_classes)
         initialize(self)
 
@@ -221,7 +218,6 @@ class MobileNetV4(nn.Module):
         x = self.head(x)  # (N, 960 x width, H / 8, W / 8) at the default strides
         x = self.pool(x).flatten(1)  # (N, 960 x width)
         x = self.features(x)  # (N, 1280)
-        x = self.dropout(x)
         return self.classifier(x)  # (N, num_classes)
 
 
@@ -251,7 +247,7 @@ def network_arguments(config: common.Config) -> dict[str, Any]:
     1/32.
     """
     halvings = (config.image_size // 4).bit_length() - 1
-    return dict(width=1.15, strides=STRIDES[min(max(halvings, 2), 5)], dropout=0.1)
+    return dict(width=1.15, strides=STRIDES[min(max(halvings, 2), 5)])
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def enhanced_mobilenetv4(
         squeeze_excitation: See EnhancedBottleneck.
         stochastic_depth: Rate of the last block; block i of n has i / (n - 1) of it.
         activation: Class of the activation outside squeeze-and-excitation.
-        network: width, strides and dropout, as in MobileNetV4.
+        network: width and strides, as in MobileNetV4.
     """
     if not 0 <= stochastic_depth < 1:
         raise ValueError(f"stochastic_depth must be at least 0 and below 1, got {stochastic_depth}")

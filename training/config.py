@@ -42,8 +42,15 @@ class Config:
     crop_padding: int = setting(4, "random shift in pixels, at most", 0, 511)
     flip: str = setting("alternate", "horizontal flips; none: for letters and digits", choices=("alternate", "none"))
     cutout: int = setting(8, "side in pixels of a grey square in each training image, 0 disables", 0, 224)
-    cutmix: float = setting(0.0, "fraction of the training images that get CutMix in place of cutout", 0, 1)
-    no_augmentation_end: float = setting(0.0, "fraction of the epochs, at the end, without cutout and CutMix", 0, 1)
+    cutmix: float | None = setting(
+        None,
+        "fraction of the training images that get CutMix in place of cutout (default: 1 in 90 for each epoch, at most "
+        "half)",
+        0,
+        1,
+        kind=float,
+    )
+    no_augmentation_end: float = setting(0.1, "fraction of the epochs, at the end, without cutout and CutMix", 0, 1)
     image_size: int = setting(32, "side in pixels to which pictures of your own are resized", 16, 512)
     holdout: int = setting(0, "hold out this many training images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
@@ -67,6 +74,8 @@ class Config:
     summary: bool = setting(False, "print the network layer by layer and exit", local=True)
 
     def __post_init__(self) -> None:
+        if self.cutmix is None:  # harder images pay in longer runs: results/tuning
+            object.__setattr__(self, "cutmix", min(0.5, self.epochs / 90))
         for item in fields(self):
             value, about = getattr(self, item.name), item.metadata
             if "choices" in about and value not in about["choices"]:
@@ -120,8 +129,8 @@ def parse_command_line(name: str) -> Config:
     local = parser.add_argument_group("data, output and device")
     for item in fields(Config):
         group, about = local if "local" in item.metadata else training, item.metadata
-        kind = type(item.default)
-        help = about["help"] + " (default: %(default)s)" * (kind not in (bool, type(None)))
+        kind = about.get("kind", type(item.default))
+        help = about["help"] + " (default: %(default)s)" * (kind is not bool and item.default is not None)
         options: dict[str, Any] = dict(default=item.default, help=help)
         if kind is bool:
             options |= dict(action="store_true")

@@ -50,7 +50,7 @@ def gradients(build: Callable[..., nn.Module], config: Config, where: torch.devi
     data = random_data(config.batch_size, where)
     state = common.new_state(build, {}, data, config, None)
     for name, layer in state.raw.named_modules():
-        if hasattr(layer, "p"):  # dropout, stochastic depth
+        if hasattr(layer, "p"):  # stochastic depth
             layer.p = 0.0
         if name.endswith("project.1"):  # begins at zero, where the branch before it has no gradient
             nn.init.ones_(layer.weight)

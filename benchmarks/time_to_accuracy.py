@@ -138,7 +138,7 @@ def run_airbench94(options: argparse.Namespace) -> tuple[Trained, Data, float]:
     """Train airbench94, and return it as the tools take a network, the data, and the seconds of its training."""
     where = device.choose(options.device)
     device.set_up(where)
-    settings = dict(epochs=options.airbench_epochs, batch_size=BATCH, crop_padding=2, cutout=0)
+    settings = dict(epochs=options.airbench_epochs, batch_size=BATCH, crop_padding=2, cutout=0, cutmix=0.0)
     config = device.resolve_auto(Config(**settings, seed=options.seed, data_dir=options.data_dir), where, 0)
     data = load_data(config, where)
     begun = time.perf_counter()

@@ -42,7 +42,7 @@ def test_shifts_are_uniform_and_independent_for_each_image():
 
 @pytest.mark.parametrize("cutout", [0, 8])
 def test_augmentation_equals_padding_cropping_and_flipping_each_image_alone(cutout):
-    config, data = Config(crop_padding=4, cutout=cutout), small_data()
+    config, data = Config(crop_padding=4, cutout=cutout, cutmix=0.0), small_data()
     drawn = draw_epoch(20, config, 1, CPU)
     augmented, labels = augment(data, drawn, slice(5, 15), config)
     assert torch.equal(labels, data.train_labels[drawn["order"][5:15]])
@@ -65,7 +65,7 @@ def test_cutmix_takes_a_square_of_the_neighbour_and_its_share_of_the_label():
     data, config = small_data(), Config(cutmix=0.5, cutout=0)
     drawn = draw_epoch(23, config, 1, CPU)
     images, shares = augment(data, drawn, ALL, config)
-    plain, labels = augment(data, drawn, ALL, Config(cutout=0))
+    plain, labels = augment(data, drawn, ALL, Config(cutout=0, cutmix=0.0))
     assert shares.dtype == torch.float32
     mixed = drawn["mixed"]
     for number in range(23):
@@ -101,7 +101,7 @@ def test_cutmix_and_cutout_together_give_each_image_one_of_both():
     drawn = draw_epoch(23, config, 1, CPU)
     images, shares = augment(data, drawn, ALL, config)
     mixed_alone, _ = augment(data, drawn | {"side": drawn["side"] * drawn["mixed"]}, ALL, config)
-    cut_alone, _ = augment(data, drawn, ALL, Config(cutout=10))
+    cut_alone, _ = augment(data, drawn, ALL, Config(cutout=10, cutmix=0.0))
     mixed = drawn["mixed"]
     assert torch.equal(images[mixed], mixed_alone[mixed])
     assert torch.equal(images[~mixed], cut_alone[~mixed])
@@ -119,7 +119,7 @@ def test_the_last_epochs_have_shifts_and_flips_alone_where_asked_for():
     for epoch in range(1, 11):
         drawn = draw_epoch(23, config, epoch, CPU)
         images, shares = augment(data, drawn, ALL, config)
-        plain, labels = augment(data, drawn, ALL, Config(cutout=0))
+        plain, labels = augment(data, drawn, ALL, Config(cutout=0, cutmix=0.0))
         assert torch.equal(images, plain) == (epoch > 8)
         assert torch.equal(shares, torch.eye(len(data.classes))[labels]) == (epoch > 8)
 

@@ -111,7 +111,7 @@ def parameters_without_gradient(network: nn.Module) -> list[str]:
 def loss_after_training(builder: Callable[..., MobileNetV4], steps: int = 40) -> float:
     """Train on 64 random images with arbitrary labels and return their loss in eval mode."""
     images, labels = normal(64, 3, 16, 16), torch.arange(64) % 10
-    network = build(builder, width=0.5, strides=(1, 2, 2, 2, 1), dropout=0.0)
+    network = build(builder, width=0.5, strides=(1, 2, 2, 2, 1))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -129,7 +129,7 @@ def test_logits_equal_those_of_timm_after_copying_its_weights(training):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     reference = randomise(timm.create_model("mobilenetv4_conv_small", pretrained=False)).train(training)
-    network = MobileNetV4(1000, width=1.0, strides=PAPER, activation=nn.ReLU, dropout=0.0).train(training)
+    network = MobileNetV4(1000, width=1.0, strides=PAPER, activation=nn.ReLU).train(training)
     weights = dict(zip(network.state_dict(), reference.state_dict().values(), strict=True))
     weights["features.0.weight"] = weights["features.0.weight"].flatten(1)  # a 1 x 1 convolution in timm
     network.load_state_dict(weights)
@@ -162,7 +162,6 @@ def test_multiply_accumulates_are_the_documented_ones(strides, _, narrow, wide):
 def test_defaults_are_the_documented_ones():
     assert parameters_of(MobileNetV4) == 3_056_370
     assert round(multiply_accumulates(MobileNetV4) / 1e6, 1) == 80.0
-    assert build().dropout.p == 0.1
 
 
 # ---- The table -----------------------------------------------------------------------------------------------------
@@ -192,18 +191,6 @@ def test_stages_have_the_shapes_that_the_strides_give(strides, last, size):
 
 def test_any_width_leaves_1280_features():
     assert [build(width=width).classifier.in_features for width in (0.25, 0.5, 1.15)] == [1280] * 3
-
-
-def test_dropout_acts_on_the_features_in_training_only():
-    network = build(dropout=0.5).eval()
-    images = normal(1, 3, 32, 32).expand(4, -1, -1, -1)
-    torch.manual_seed(0)
-    assert torch.equal(network(images).std(0), torch.zeros(10))
-    network.dropout.train()
-    assert (network(images).std(0) > 0).all()
-    ((features, kept),) = trace(network, images, [network.dropout])
-    assert features.shape == (4, 1280)
-    torch.testing.assert_close(kept[kept != 0], 2 * features[kept != 0])
 
 
 # ---- The block -----------------------------------------------------------------------------------------------------
@@ -353,7 +340,7 @@ def test_training_overfits_random_images():
 def test_the_network_holds_no_layer_but_the_papers():
     leaves = {type(module) for module in MobileNetV4().modules() if not list(module.children())}
     layers = {nn.Conv2d, DepthwiseConv2d, nn.Linear, nn.BatchNorm1d, BatchNorm2d, nn.ReLU6}
-    assert leaves == layers | {nn.AdaptiveAvgPool2d, nn.Dropout, nn.Identity}
+    assert leaves == layers | {nn.AdaptiveAvgPool2d, nn.Identity}
 
 
 @pytest.mark.parametrize(
@@ -366,7 +353,6 @@ def test_the_network_holds_no_layer_but_the_papers():
         ("strides", (2, 2, 2, 2)),
         ("strides", (1, 1, 2, 2, 3)),
         ("strides", (0, 1, 2, 2, 2)),
-        ("dropout", 1.5),
     ],
 )
 def test_a_bad_argument_is_refused_by_name_and_value(name, value):

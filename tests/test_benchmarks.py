@@ -68,7 +68,7 @@ def test_airbench94_has_the_published_size_and_whitens_patches():
 
 
 def test_airbench94_learns_drawn_shapes_and_is_evaluated_in_three_ways():
-    config = Config(epochs=2, batch_size=256, crop_padding=2, cutout=0, precision="fp32", synthetic=True)
+    config = Config(epochs=2, batch_size=256, crop_padding=2, cutout=0, cutmix=0.0, precision="fp32", synthetic=True)
     data = load_data(config, torch.device("cpu"))
     torch.manual_seed(0)
     network = time_to_accuracy.airbench94()

@@ -67,6 +67,14 @@ def test_flags_set_the_fields_of_their_names():
     assert text == f"{Config(epochs=3, fresh=True, precision='bf16', **paths)}\n"
 
 
+@pytest.mark.parametrize(("epochs", "share"), [(1, 1 / 90), (9, 0.1), (45, 0.5), (100, 0.5)])
+def test_cutmix_grows_with_the_length_unless_it_is_given(epochs, share):
+    assert Config(epochs=epochs).cutmix == share
+    assert Config(epochs=epochs, cutmix=0.0).cutmix == 0
+    assert f"cutmix={share}," in parse("--epochs", epochs).stdout
+    assert "cutmix=0.25," in parse("--epochs", epochs, "--cutmix", 0.25).stdout
+
+
 def test_what_decides_the_weights_is_the_identity_and_no_path_device_or_action():
     local = {"data_dir", "data_url", "output_dir", "device", "threads", "synthetic", "fresh", "init_from", "summary"}
     assert Config().identity().keys() == {item.name for item in fields(Config)} - local

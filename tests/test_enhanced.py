@@ -54,8 +54,8 @@ def test_parameter_count_is_the_documented_one(width, parameters):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_with_every_idea_off_it_is_the_baseline(training):
-    baseline = randomise(build(dropout=0.0)).train(training)
-    network = build(plain, dropout=0.0).train(training)
+    baseline = randomise(build()).train(training)
+    network = build(plain).train(training)
     network.load_state_dict(baseline.state_dict())
     images = normal(4, 3, 32, 32)
     assert torch.equal(network(images), baseline(images))
@@ -86,8 +86,7 @@ def test_silu_stands_exactly_where_the_baseline_has_its_activation():
 
 
 def test_arguments_of_the_baseline_are_handed_on():
-    network = build(enhanced_mobilenetv4, num_classes=7, width=0.5, strides=(2, 2, 2, 2, 2), dropout=0.3)
-    assert network.dropout.p == 0.3
+    network = build(enhanced_mobilenetv4, num_classes=7, width=0.5, strides=(2, 2, 2, 2, 2))
     assert network(normal(2, 3, 64, 64)).shape == (2, 7)
     assert [layer.stride for layer in (network.stem[0][0], network.stage1[0][0])] == [(2, 2)] * 2
 

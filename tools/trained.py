@@ -68,8 +68,9 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
     values = saved["model" if weights == "raw" else weights]
     if not values:
         raise ValueError(f"it holds no {weights} weights")
+    arguments = {name: value for name, value in saved["network"].items() if name != "dropout"}  # of older checkpoints
     with torch.device("meta"):
-        network = BUILDERS[saved["variant"]](len(saved["classes"]), **saved["network"])
+        network = BUILDERS[saved["variant"]](len(saved["classes"]), **arguments)
     network.load_state_dict({name: tensor.float() for name, tensor in values.items()}, assign=True)
     return network.eval()
 

@@ -5,9 +5,9 @@ builder's arguments as plain values:
 
     common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2)))
 
-The file tells the story of a run: run, train, train_epoch, predict and evaluate; main is the program. Its parts are in
-training/. Everything random is a function of (seed, epoch) and the learning rate is a function of the step, so a run
-that was interrupted resumes as if nothing had happened.
+Read it in this order: run, train, train_epoch, predict, evaluate; main is the program. The loop's parts are in
+training/. Everything random is a function of (seed, epoch), and of the process, and the learning rate is a function of
+the step, so a run that was interrupted resumes as if nothing had happened.
 """
 
 import contextlib
@@ -222,8 +222,8 @@ def train_epoch(
 ) -> tuple[float, float]:
     """Train for one epoch (the first is 1); return its mean loss and the fraction of the peak rate at its end.
 
-    The last images, which do not fill a batch, are left out, others in each epoch. Of several processes, each takes
-    its share of every batch. Losses stay on the device.
+    The incomplete last batch is dropped; the order, and so the images dropped, differ each epoch. Of several processes,
+    each takes its share of every batch. Losses stay on the device.
     """
     where, count = data.train_images.device, len(data.train_images)
     steps, share = count // config.batch_size, config.batch_size // processes.size
@@ -370,9 +370,9 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def evaluate(state: State, data: Data, config: Config, processes: Processes = ALONE) -> dict[str, Any]:
-    """Evaluate raw and averaged weights on every test image, and (where flips make sense) with flip averaging.
+    """Evaluate raw and averaged (EMA) weights on every test image, without and (where flips make sense) with flip TTA.
 
-    Flip averaging, a test-time augmentation ("tta"), adds the logits of an image and of its mirror image. Per-class
+    Flip TTA, a test-time augmentation, adds the logits of an image and of its mirror image. Per-class
     accuracies and the confusion matrix (rows: true classes) are those of the headline weights without it.
     """
     labels, accuracy, loss = data.test_labels.cpu(), {}, {}

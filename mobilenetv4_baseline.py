@@ -1,4 +1,4 @@
-"""MobileNetV4-Conv-Small for small images, trained on CIFAR-10: the complete reference model.
+"""MobileNetV4-Conv-Small for small images, trained on CIFAR-10: the baseline.
 
     python mobilenetv4_baseline.py                # train, or continue an interrupted run
     python mobilenetv4_baseline.py --summary      # the network's table: blocks, shapes, parameters, MACs
@@ -6,9 +6,8 @@
 3,056,370 parameters and 80.0 million multiply-accumulates per 32 x 32 image. Measured accuracy and time: README.md.
 
 Architecture: Qin et al., "MobileNetV4: Universal Models for the Mobile Ecosystem", arXiv 2404.10518, checked against
-the authors' configuration (tensorflow/models). Four departures from the paper, all for small images: the stem and
-stage 1 keep their resolution (the paper's strides would leave a 1 x 1 map of a 32 x 32 image), the width is 1.15,
-the activation is ReLU6 (the paper: ReLU), and the initialisation is our own.
+the authors' configuration (tensorflow/models). Departures from the paper: stride 1 in the stem and stage 1 (the
+paper's strides would reduce 32 x 32 to 1 x 1), width 1.15, ReLU6 instead of ReLU, our own initialisation.
 """
 
 import math
@@ -243,8 +242,7 @@ STRIDES = {2: (1, 1, 2, 1, 2), 3: (1, 1, 2, 2, 2), 4: (1, 2, 2, 2, 2), 5: (2, 2,
 def network_arguments(config: common.Config) -> dict[str, Any]:
     """Return what the script builds its network with.
 
-    The strides follow the image size: they leave a last map of 4 to 8 pixels a side, from 128 pixels on the paper's
-    1/32.
+    Strides are chosen so that the last feature map is 4 to 8 pixels wide; from 128 pixels on they are the paper's.
     """
     halvings = (config.image_size // 4).bit_length() - 1
     return dict(width=1.15, strides=STRIDES[min(max(halvings, 2), 5)])

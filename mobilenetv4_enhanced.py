@@ -28,7 +28,7 @@ class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507).
 
     torchvision.ops.SqueezeExcitation with matrix products in place of its convolutions of a 1 x 1 map, which are slow
-    on a CPU; the tests hold the two equal.
+    on a CPU; a test checks that the two are equal.
 
     Args:
         channels: Channels of the input and the output.

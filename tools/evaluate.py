@@ -64,7 +64,7 @@ def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) 
 def report(results: dict[str, Any]) -> str:
     """Return the measures as a text for people."""
     whose = "the run's own" if results["own"] else "not the run's own"
-    flip = ", with flip averaging" * results["flip"]
+    flip = ", with flip TTA" * results["flip"]
     lines = [f"{results['split']}: {results['images']:,} images, {whose} ({printable(results['data'])})"]
     lines.append(f"{results['weights']} weights{flip}\n")
     lines.append(f"top-1 accuracy     {results['top1']:6.2f}%")

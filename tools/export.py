@@ -4,10 +4,10 @@
     python -m tools.export runs/baseline/checkpoint.pt baseline.pt2    # torch.export
     python -m tools.export runs/baseline/checkpoint.pt baseline.pt     # EMA weights alone, in half precision
 
-The first two map plain RGB images in 0..1, float32 (N, 3, H, W) of the training's size, to logits (N, classes): the
-normalisation is inside, BN is folded. Before they are written they are compared with the network. Printed are size,
-latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs `pip install onnx onnxscript
-onnxruntime`. Weights alone are for --init-from and for these tools.
+The first two map RGB images in 0..1, float32 (N, 3, H, W) of the training size, to logits (N, classes): normalisation
+is included, BN is folded. Before writing, the float32 logits are compared with the network's; those of int8 are checked
+to be finite. Printed are size, latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs
+`pip install onnx onnxscript onnxruntime`. EMA weights alone are for --init-from and for these tools.
 """
 
 import argparse

@@ -27,41 +27,48 @@ def setting(default: Any, help: str, low: float | None = None, high: float | Non
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Fields without `local` decide the trained weights: they are saved, and compared when a run resumes."""
+    """A run. Fields without `local` are saved, and must be the same when a run resumes."""
 
     epochs: int = setting(45, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
-    learning_rate: float = setting(0.025, "peak learning rate of Muon, which trains the inner matrices", 0, 1e30)
+    learning_rate: float = setting(0.025, "peak learning rate of Muon, which trains most matrices", 0, 1e30)
     adam_learning_rate: float = setting(0.004, "peak learning rate of AdamW, which trains the rest", 0, 1e30)
     warmup: float = setting(0.1, "fraction of all steps in which the learning rate rises to its peak", 0, 0.999)
     momentum: float = setting(0.9, "Nesterov momentum of Muon", 0, 0.999)
     weight_decay: float = setting(0.05, "weight decay, on matrices only", 0, 100)
     label_smoothing: float = setting(0.1, "probability spread over all classes", 0, 0.999)
-    clip_norm: float = setting(0.0, "gradient-norm clip, 0 disables", 0, 1e30)
+    clip_norm: float = setting(0.0, "maximum gradient norm, 0 disables", 0, 1e30)
     ema_horizon: float = setting(0.05, "EMA horizon as a fraction of all steps, shorter at first", 0, 0.999)
     crop_padding: int = setting(4, "random shift in pixels, at most", 0, 511)
-    flip: str = setting("alternate", "horizontal flips; none: for letters and digits", choices=("alternate", "none"))
+    flip: str = setting(
+        "alternate",
+        "mirror each image in every second epoch; none: for letters and digits",
+        choices=("alternate", "none"),
+    )
     cutout: int = setting(8, "side in pixels of a grey square in each training image, 0 disables", 0, 224)
     cutmix: float | None = setting(
         None,
-        "fraction of the training images that get CutMix in place of cutout (default: 1 in 90 for each epoch, at most "
-        "half)",
+        "fraction of the training images that get CutMix instead of cutout (default: epochs / 90, at most 0.5)",
         0,
         1,
         kind=float,
     )
-    no_augmentation_end: float = setting(0.1, "fraction of the epochs, at the end, without cutout and CutMix", 0, 1)
+    no_augmentation_end: float = setting(0.1, "fraction of the epochs, at the end, with shifts and flips only", 0, 1)
     image_size: int = setting(32, "side in pixels to which pictures of your own are resized", 16, 512)
     holdout: int = setting(0, "hold out this many training images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
     precision: str = setting(
         "auto",
-        "of convolutions and matrix products; auto: bf16 where the hardware has it",
+        "of convolutions and matrix products; auto: bf16 where the device computes in it",
         choices=("auto", "bf16", "fp32"),
     )
-    compile: str = setting("auto", "torch.compile; auto: if the run is long enough", choices=("auto", "on", "off"))
+    compile: str = setting(
+        "auto", "torch.compile; auto: for 200,000 images or more in all", choices=("auto", "on", "off")
+    )
 
-    data_dir: Path = setting(Path("data"), "CIFAR-10, or train/ and test/ with one folder per class", local=True)
+    data_dir: Path = setting(
+        Path("data"), "CIFAR-10 (downloaded if missing), or train/ and test/ with a folder per class", local=True
+    )
     data_url: str | None = setting(
         None, "download CIFAR-10 from here only (default: several mirrors)", local=True, metavar="URL"
     )
@@ -74,7 +81,7 @@ class Config:
     summary: bool = setting(False, "print the network layer by layer and exit", local=True)
 
     def __post_init__(self) -> None:
-        if self.cutmix is None:  # harder images pay in longer runs: results/tuning
+        if self.cutmix is None:  # hard images help long runs only; the rule itself is a guess, not tuned
             object.__setattr__(self, "cutmix", min(0.5, self.epochs / 90))
         for item in fields(self):
             value, about = getattr(self, item.name), item.metadata
@@ -92,7 +99,7 @@ class Config:
             raise ValueError("--synthetic draws its own images: leave out --data-dir and --data-url")
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that decide the trained weights."""
+        """Return the fields that are saved and compared."""
         return {item.name: getattr(self, item.name) for item in fields(self) if "local" not in item.metadata}
 
 

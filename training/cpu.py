@@ -29,10 +29,10 @@ def keep_freed_memory() -> None:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BN that, compiled for a CPU, takes sums over each image first, which stays in the cache, then over the images.
+    """BN that, compiled for a CPU, reduces each image first, which stays in the cache, then the batch.
 
-    PyTorch's compiled sums go down the whole batch, a few channels at a time. Nowhere does it count batches, which
-    only a cumulative average needs and which costs a kernel launch per layer on a GPU.
+    PyTorch's goes through the whole batch, a few channels at a time. This one never updates num_batches_tracked, which
+    would cost a kernel launch per layer on a GPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 class DepthwiseFunction(torch.autograd.Function):
     """A depthwise convolution, to be compiled for a CPU, whose gradients avoid oneDNN's slow ones.
 
-    In bfloat16 the gradient of the input at stride 2 takes 100 times as long as in float32. That of a 5x5 kernel is
-    slow in both, and here 25 sums of products, one for each place of the kernel over the padded input.
+    In bfloat16 the gradient of the input at stride 2 takes 100 times as long as in float32. The gradient of a 5x5
+    kernel is slow in both, and here 25 sums of products, one for each place of the kernel over the padded input.
     """
 
     @staticmethod

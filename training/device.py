@@ -1,4 +1,4 @@
-"""Choosing and setting up a device: CPU, CUDA or Apple MPS. The one file that knows what each of them is good at."""
+"""Choosing and setting up a device (CPU, CUDA or Apple MPS): precision, memory format, compilation."""
 
 import contextlib
 import functools
@@ -53,7 +53,7 @@ def runs_kernels(device: torch.device) -> bool:
 
 
 def set_up(device: torch.device, threads: int = 0) -> None:
-    """Set PyTorch's process-wide switches: threads, the current GPU, deterministic algorithms, no foreign warnings."""
+    """Set PyTorch's process-wide switches: threads, the current GPU, deterministic cuDNN, flushed denormals."""
     if threads:
         torch.set_num_threads(threads)
     if device.type == "cuda":
@@ -102,7 +102,7 @@ def capabilities() -> dict[str, Any]:
 
 
 def evaluation_batch(device: torch.device, image_size: int) -> int:
-    """Return how many images to evaluate at once: what fits the cache of a CPU, more elsewhere, 2 million pixels."""
+    """Return how many images to evaluate at once: 250 on a CPU (its cache), else 2048, at most 2 million pixels."""
     return max(1, min(250 if device.type == "cpu" else 2048, 2**21 // image_size**2))
 
 

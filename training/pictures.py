@@ -22,7 +22,7 @@ BAR = dict(desc="reading images", unit="", leave=False, disable=None)
 
 
 def fit_image(image: Image.Image, size: int) -> Image.Image:
-    """Bring any picture, of any use, to RGB and `size` x `size` pixels: the square in its centre, resized."""
+    """Convert a picture of any mode to RGB, crop the square in its centre, resize it to `size` x `size` pixels."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("F", "I"):
         raise ValueError("32 bits a pixel, of unknown range")

@@ -60,7 +60,7 @@ def join_processes(device: torch.device) -> Processes:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when its parent, torchrun, has died; it would train on unseen."""
+    """End this process when its parent, torchrun, has died: it would keep training unnoticed."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -117,7 +117,7 @@ def print_result(folder: RunFolder, results: dict[str, Any], config: Config) -> 
     split, headline = split_name(config), results["headline"]
     print()
     for weights, value in results[f"{split}_accuracy"].items():
-        name = weights.replace("_tta", "") + " weights" + " + flip averaging" * weights.endswith("_tta")
+        name = weights.replace("_tta", "") + " weights" + " + flip TTA" * weights.endswith("_tta")
         print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == headline)}")
     print(f"{split} loss     {results[f'{split}_loss'][headline]:7.4f}  {headline} weights")
     print(f"training time {duration(results['seconds'])} ({results['seconds']:,.0f} seconds); next:")

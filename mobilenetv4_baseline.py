@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 import common
-from training.cpu import BatchNorm2d, DepthwiseConv2d
+from training.cpu import BatchNorm2d, DepthwiseConv2d, ReLU6
 
 # ---- The architecture ----------------------------------------------------------------------------------------------
 # Conv-Small as in the authors' configuration, one row per layer or block, none of which differs from the
@@ -169,7 +169,7 @@ class MobileNetV4(nn.Module):
         *,
         width: float = 1.15,
         strides: Sequence[int] = (1, 1, 2, 2, 2),
-        activation: Activation = nn.ReLU6,
+        activation: Activation = ReLU6,
         block: Callable[..., nn.Module] = UniversalInvertedBottleneck,
     ) -> None:
         super().__init__()

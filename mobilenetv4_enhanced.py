@@ -20,6 +20,7 @@ from mobilenetv4_baseline import (
     make_divisible,
     network_arguments,
 )
+from training.cpu import SiLU
 
 REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
 
@@ -81,10 +82,10 @@ def enhanced_mobilenetv4(
     *,
     squeeze_excitation: bool = True,
     stochastic_depth: float = 0.1,
-    activation: Activation = nn.SiLU,
+    activation: Activation = SiLU,
     **network: Any,
 ) -> MobileNetV4:
-    """Build the enhanced network; each idea can be switched off alone (False, 0.0, nn.ReLU6).
+    """Build the enhanced network; each idea can be switched off alone (False, 0.0, ReLU6).
 
     Args:
         num_classes: Outputs of the classifier.

@@ -28,6 +28,7 @@ import common
 from mobilenetv4_baseline import network_arguments
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 from training.config import Config, RunError, argument, errors_in_one_line, parse_command_line
+from training.cpu import ReLU6, SiLU
 from training.data import load_data
 from training.files import atomic_write, exclusive
 from training.report import split_name
@@ -49,7 +50,7 @@ IDEAS = {
 
 
 def build(num_classes: int, *, silu: bool, **arguments: Any) -> nn.Module:
-    return enhanced_mobilenetv4(num_classes, activation=nn.SiLU if silu else nn.ReLU6, **arguments)
+    return enhanced_mobilenetv4(num_classes, activation=SiLU if silu else ReLU6, **arguments)
 
 
 def train(name: str) -> None:

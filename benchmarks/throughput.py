@@ -70,6 +70,8 @@ LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each 
     "compilation": {"compile": "off"},
     "BN by image": (cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
     "depthwise gradients": (cpu.DepthwiseConv2d, "forward", plain_depthwise),
+    "gradient of ReLU6": (cpu.ReLU6, "forward", nn.ReLU6.forward),
+    "gradient of SiLU": (cpu.SiLU, "forward", nn.SiLU.forward),
     "blocks in Muon": (Muon, "LARGE", 1 << 30),
     "flushed denormals": (torch, "set_flush_denormal", lambda flush: None),
 }

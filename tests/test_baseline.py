@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import CPU
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from mobilenetv4_baseline import (
@@ -20,7 +21,7 @@ from mobilenetv4_baseline import (
 )
 from training import device
 from training.config import Config
-from training.cpu import BatchNorm2d, DepthwiseConv2d
+from training.cpu import BatchNorm2d, DepthwiseConv2d, ReLU6, ReLU6Function, SiLU, SiLUFunction
 
 PAPER = (2, 2, 2, 2, 2)
 STRIDES = (
@@ -53,7 +54,7 @@ def make_block(
 ) -> UniversalInvertedBottleneck:
     """Build a block of 16 channels, 48 inside, with the weights of seed 0."""
     torch.manual_seed(0)
-    arguments = {"activation": nn.ReLU6, "expansion": 3, **arguments}
+    arguments = {"activation": ReLU6, "expansion": 3, **arguments}
     return builder(16, out, start=start, middle=middle, stride=stride, **arguments)
 
 
@@ -234,8 +235,8 @@ def test_only_expansion_and_middle_depthwise_are_followed_by_an_activation(kerne
     layers = {name: [type(layer) for layer in part.children()] for name, part in block.named_children()}
     assert layers == {
         "start": depthwise if kernels[0] else [],
-        "expand": [*pointwise, nn.ReLU6],
-        "middle": [*depthwise, nn.ReLU6] if kernels[1] else [],
+        "expand": [*pointwise, ReLU6],
+        "middle": [*depthwise, ReLU6] if kernels[1] else [],
         "project": pointwise,
     }
     x = normal(4, 16, 8, 8)
@@ -339,7 +340,7 @@ def test_training_overfits_random_images():
 
 def test_the_network_holds_no_layer_but_the_papers():
     leaves = {type(module) for module in MobileNetV4().modules() if not list(module.children())}
-    layers = {nn.Conv2d, DepthwiseConv2d, nn.Linear, nn.BatchNorm1d, BatchNorm2d, nn.ReLU6}
+    layers = {nn.Conv2d, DepthwiseConv2d, nn.Linear, nn.BatchNorm1d, BatchNorm2d, ReLU6}
     assert leaves == layers | {nn.AdaptiveAvgPool2d, nn.Identity}
 
 
@@ -372,9 +373,9 @@ def compiled():
 
 
 class Parallel(nn.Module):
-    """Depthwise layers of several (kernel, stride), one beside the other."""
+    """Depthwise layers of several (kernel, stride[, activation]), one beside the other."""
 
-    def __init__(self, kinds: list[tuple[int, int]]) -> None:
+    def __init__(self, kinds: list[tuple]) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(depthwise(24, *kind) for kind in kinds)
@@ -399,7 +400,9 @@ def check_compiled(dtype, tolerance, kinds, compiled):
     images = (normal(6, 24, 9, 10) + 3).to(dtype)  # odd and even; not of mean zero
     network, again = Parallel(kinds), Parallel(kinds)
     expected = outcome(network, network, images.float())
+    counters.clear()
     got = outcome(again, compiled(again), images)
+    assert not counters["graph_break"]
     assert got.keys() == expected.keys()
     assert len([name for name in got if "gradient" in name]) == 3 * len(kinds) + 1
     for name, value in expected.items():
@@ -407,14 +410,30 @@ def check_compiled(dtype, tolerance, kinds, compiled):
         assert difference < tolerance, f"{name}: {difference}"
 
 
-def test_compiled_depthwise_convolutions_and_bn_learn_in_bfloat16_what_plain_ones_do(compiled):
-    check_compiled(torch.bfloat16, 0.02, [(3, 1), (5, 2)], compiled)
+def test_compiled_layers_learn_in_bfloat16_what_plain_ones_do(compiled):
+    check_compiled(torch.bfloat16, 0.02, [(3, 1, SiLU), (5, 2, ReLU6)], compiled)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_compiled_depthwise_convolutions_and_bn_of_every_kind_learn_what_plain_ones_do(dtype, tolerance, compiled):
-    check_compiled(dtype, tolerance, [(3, 1), (3, 2), (5, 1), (5, 2)], compiled)
+def test_compiled_layers_of_every_kind_learn_what_plain_ones_do(dtype, tolerance, compiled):
+    check_compiled(dtype, tolerance, [(3, 1), (3, 2, SiLU), (5, 1, ReLU6), (5, 2)], compiled)
+
+
+@pytest.mark.parametrize(("fast", "plain"), [(ReLU6Function, nn.functional.relu6), (SiLUFunction, nn.functional.silu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_from_the_output_are_those_of_the_activation(fast, plain, dtype):
+    places = torch.cat([torch.linspace(-100, 100, 2001), torch.linspace(-7, 7, 1000), torch.tensor([0.0, 1e-20])])
+    x, other = (places.to(dtype).requires_grad_() for _ in range(2))
+    gradients = normal(len(places)).to(dtype)
+    for function, values in ((fast.apply, x), (plain, other)):
+        output = function(values)
+        output.backward(gradients)
+    assert torch.equal(fast.apply(x), plain(other))
+    corners = (places.abs() > 6.5) | (places < 5.9)  # where bfloat16 rounds to 6
+    error = ((x.grad - other.grad).abs() / gradients.abs())[corners]
+    assert error.max() < (0.003 if dtype == torch.float32 else 0.03)
+    assert error[places[corners].abs() < 4].max() < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_compiled_bn_does_not_lose_a_small_variance_beside_a_large_mean(compiled):

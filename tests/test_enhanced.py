@@ -23,14 +23,15 @@ from torchvision.ops import StochasticDepth
 
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import EnhancedBottleneck, SqueezeExcitation, enhanced_mobilenetv4
+from training.cpu import ReLU6, SiLU
 
-OFF = {"squeeze_excitation": False, "stochastic_depth": 0.0, "activation": nn.ReLU6}  # each idea, switched off
+OFF = {"squeeze_excitation": False, "stochastic_depth": 0.0, "activation": ReLU6}  # each idea, switched off
 plain = partial(enhanced_mobilenetv4, **OFF)
 
 
 def enhanced_block(start: int, middle: int, out: int = 16, stride: int = 1, rate: float = 0.0) -> EnhancedBottleneck:
     """Build a block with every idea, in evaluation mode."""
-    ideas = {"squeeze_excitation": True, "stochastic_depth": rate, "activation": nn.SiLU}
+    ideas = {"squeeze_excitation": True, "stochastic_depth": rate, "activation": SiLU}
     return randomise(make_block(start, middle, out, stride, EnhancedBottleneck, **ideas)).eval()
 
 

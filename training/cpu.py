@@ -1,4 +1,4 @@
-"""All that exists for the speed of a CPU: kept memory, and BN and depthwise convolutions that compile well."""
+"""All that exists for the speed of a CPU: kept memory, and layers that compile well."""
 
 import contextlib
 import ctypes
@@ -28,27 +28,113 @@ def keep_freed_memory() -> None:
             libc.mallopt(m_trim_threshold, -1)
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """BN that, compiled for a CPU, reduces each image first, which stays in the cache, then the batch.
+def compiles_for_training(layer: nn.Module, x: Tensor) -> bool:
+    return layer.training and x.device.type == "cpu" and torch.compiler.is_compiling()
 
-    PyTorch's goes through the whole batch, a few channels at a time. This one never updates num_batches_tracked, which
-    would cost a kernel launch per layer on a GPU.
+
+class BatchNormFunction(torch.autograd.Function):
+    """BN in training, to be compiled for a CPU: one pass over the input for the statistics, one for the sums backward.
+
+    Both reduce each image first, which stays in the cache, then the batch; PyTorch's go through the whole batch, a few
+    channels at a time. The statistics are sums of the distances from each image's first pixel, so that a variance is
+    not lost beside a large mean.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        first = x[:, :, :1, :1].float()
+        distance = x.float() - first
+        means = distance.mean((2, 3))  # (N, C)
+        variances = distance.square().mean((2, 3)) - means.square()
+        means = means + first[:, :, 0, 0]
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)  # (C,)
+        inverse = (variance + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        scale = weight * inverse
+        shift = bias - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype), mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        x, gradient, dtype, count = x.float(), gradient.float(), x.dtype, x.numel() / len(mean)
+        of_bias = gradient.sum((2, 3)).sum(0)  # (C,)
+        of_weight = (gradient * (x - mean[:, None, None])).sum((2, 3)).sum(0) * inverse
+        scale = weight * inverse
+        slope = -scale * inverse * of_weight / count
+        shift = -scale * of_bias / count - slope * mean
+        of_input = gradient * scale[:, None, None] + x * slope[:, None, None] + shift[:, None, None]
+        return of_input.to(dtype), of_weight, of_bias, None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BN that compiles well for a CPU.
+
+    Nowhere does it update num_batches_tracked, which would cost a kernel launch per layer on a GPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and x.device.type == "cpu" and torch.compiler.is_compiling()):
+        if not compiles_for_training(self, x):
             statistics = self.running_mean, self.running_var
             return F.batch_norm(x, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
-        variances, means = torch.var_mean(x.float(), (2, 3), correction=0)  # (N, C)
-        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)  # (C,)
+        y, mean, variance = BatchNormFunction.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() / len(mean)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        scale, shift = (values.expand_as(means)[:, :, None, None] for values in (scale, shift))  # (N, C, 1, 1)
-        return (x * scale + shift).to(x.dtype)
+        return y
+
+
+class ReLU6Function(torch.autograd.Function):
+    """ReLU6 whose gradient takes the output, which the next layer keeps anyway.
+
+    PyTorch's takes the input, which the compiled code computes again from the one before BN and writes out in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.relu6(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient.where((y > 0) & (y < 6), 0)
+
+
+class SiLUFunction(torch.autograd.Function):
+    """SiLU whose gradient takes its sigmoid from output / input, for the same reason, and without an exponential.
+
+    In bfloat16 that is precise to 0.4% of the output, so large outputs have the gradient's limit, 1.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = F.silu(x)
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, y = (tensor.float() for tensor in ctx.saved_tensors)
+        sigmoid = (y + 1e-30 / 2) / (x + 1e-30)  # 1 / 2 at 0
+        derivative = (y + sigmoid * (1 - y)).where(y < 8, 1)  # which at 8 is 1.002
+        return (gradient * derivative).to(gradient.dtype)
+
+
+class ReLU6(nn.ReLU6):
+    """ReLU6, with a gradient that is fast on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ReLU6Function.apply(x) if compiles_for_training(self, x) else super().forward(x)
+
+
+class SiLU(nn.SiLU):
+    """SiLU, with a gradient that is fast on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SiLUFunction.apply(x) if compiles_for_training(self, x) else super().forward(x)
 
 
 class DepthwiseFunction(torch.autograd.Function):
@@ -107,6 +193,6 @@ class DepthwiseConv2d(nn.Conv2d):
         if x.device.type != "cpu":
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
-            if self.training and torch.compiler.is_compiling():
+            if compiles_for_training(self, x):
                 return DepthwiseFunction.apply(x, self.weight, self.stride[0])
             return super().forward(x.to(self.weight.dtype))  # in float32: see DepthwiseFunction

@@ -62,18 +62,17 @@ def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
         return nn.Conv2d.forward(layer, x.to(layer.weight.dtype))
 
 
-Patch = tuple[Any, str, Any]
-LEVERS: dict[str, Patch | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by a setting or a patch
-    "freed memory kept": (cpu, "keep_freed_memory", lambda: None),
-    "channels last": (device, "memory_format", lambda _: torch.contiguous_format),
+Patches = list[tuple[Any, str, Any]]
+LEVERS: dict[str, Patches | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by patches or a setting
+    "freed memory kept": [(cpu, "keep_freed_memory", lambda: None)],
+    "channels last": [(device, "memory_format", lambda _: torch.contiguous_format)],
     "bf16": {"precision": "fp32"},
     "compilation": {"compile": "off"},
-    "BN by image": (cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward),
-    "depthwise gradients": (cpu.DepthwiseConv2d, "forward", plain_depthwise),
-    "gradient of ReLU6": (cpu.ReLU6, "forward", nn.ReLU6.forward),
-    "gradient of SiLU": (cpu.SiLU, "forward", nn.SiLU.forward),
-    "blocks in Muon": (Muon, "LARGE", 1 << 30),
-    "flushed denormals": (torch, "set_flush_denormal", lambda flush: None),
+    "BN by image": [(cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward)],
+    "activations' gradients": [(cpu.ReLU6, "forward", nn.ReLU6.forward), (cpu.SiLU, "forward", nn.SiLU.forward)],
+    "depthwise gradients": [(cpu.DepthwiseConv2d, "forward", plain_depthwise)],
+    "blocks in Muon": [(Muon, "LARGE", 1 << 30)],
+    "flushed denormals": [(torch, "set_flush_denormal", lambda flush: None)],
 }
 
 
@@ -89,8 +88,8 @@ class Ours:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         lever = LEVERS.get(name.removeprefix("without "), {})
-        if isinstance(lever, tuple):
-            setattr(*lever)
+        for patch in lever if isinstance(lever, list) else []:
+            setattr(*patch)
         settings = options.settings | (lever if isinstance(lever, dict) else {})
         where = set_up(options.device)
         config = replace(Config(batch_size=options.batch_size), **settings)

@@ -50,8 +50,8 @@ def test_each_lever_of_the_throughput_benchmark_is_one_that_the_loop_has():
         if isinstance(lever, dict):
             assert lever.keys() <= fields.keys()
         else:
-            owner, name, replacement = lever
-            assert callable(replacement) == callable(vars(owner)[name])
+            for owner, name, replacement in lever:
+                assert callable(replacement) == callable(vars(owner)[name])
 
 
 # ---- Time to an accuracy -------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 # ---- The parts, with the other processes made up -------------------------------------------------------------------
 
 
-def test_the_shares_of_all_processes_are_the_batches_of_one(monkeypatch):
+def test_without_cutmix_the_shares_of_all_processes_are_the_batches_of_one(monkeypatch):
     data, config = small_data(), Config(epochs=1, batch_size=6, precision="fp32", cutmix=0.0)
     monkeypatch.setattr(Processes, "average", lambda self, tensors: None)
 

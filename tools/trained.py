@@ -27,6 +27,7 @@ from training.report import split_name
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
 RENAMED = {"average": "ema_horizon", "plain_end": "no_augmentation_end"}  # settings in older checkpoints
+BEFORE = {"cutmix": 0.0, "no_augmentation_end": 0.0}  # of those that lack them
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
 
 def run_settings(saved: dict[str, Any]) -> Config:
     """Return the settings of the run; what an older checkpoint lacks gets its default."""
-    recipe = {RENAMED.get(key, key): value for key, value in saved["recipe"].items()}
+    recipe = BEFORE | {RENAMED.get(key, key): value for key, value in saved["recipe"].items()}
     known = Config(image_size=saved["image_size"]).identity()
     return Config(**{key: type(default)(recipe.get(key, default)) for key, default in known.items()})
 

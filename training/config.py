@@ -81,7 +81,7 @@ class Config:
     summary: bool = setting(False, "print the network layer by layer and exit", local=True)
 
     def __post_init__(self) -> None:
-        if self.cutmix is None:  # hard images help long runs only; the rule itself is a guess, not tuned
+        if self.cutmix is None:  # a guess, not tuned
             object.__setattr__(self, "cutmix", min(0.5, self.epochs / 90))
         for item in fields(self):
             value, about = getattr(self, item.name), item.metadata

@@ -86,7 +86,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ReLU6Function(torch.autograd.Function):
-    """ReLU6 whose gradient takes the output, which the next layer keeps anyway.
+    """ReLU6 whose gradient takes the output, which most next layers keep anyway.
 
     PyTorch's takes the input, which the compiled code computes again from the one before BN and writes out in float32.
     """
@@ -100,13 +100,13 @@ class ReLU6Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return gradient.where((y > 0) & (y < 6), 0)
+        return torch.where((y <= 0) | (y >= 6), 0, gradient)
 
 
 class SiLUFunction(torch.autograd.Function):
     """SiLU whose gradient takes its sigmoid from output / input, for the same reason, and without an exponential.
 
-    In bfloat16 that is precise to 0.4% of the output, so large outputs have the gradient's limit, 1.
+    In bfloat16 the sigmoid is so precise to 0.4%, the derivative to 0.4% of |1 - y|; for large y it is its limit, 1.
     """
 
     @staticmethod
@@ -118,9 +118,9 @@ class SiLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         x, y = (tensor.float() for tensor in ctx.saved_tensors)
-        sigmoid = (y + 1e-30 / 2) / (x + 1e-30)  # 1 / 2 at 0
-        derivative = (y + sigmoid * (1 - y)).where(y < 8, 1)  # which at 8 is 1.002
-        return (gradient * derivative).to(gradient.dtype)
+        sigmoid = (y + 1e-30 / 2) / (x + 1e-30)  # 1 / 2 at 0; BN's output is 0 or far from 1e-30
+        large = 8 if gradient.dtype == torch.bfloat16 else 20  # where it is 1.002, and 1.00000004
+        return (gradient * torch.where(y >= large, 1, y + sigmoid * (1 - y))).to(gradient.dtype)
 
 
 class ReLU6(nn.ReLU6):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The two default runs of the README's table, one after the other, on an otherwise idle machine; run from the
+# Both networks without CutMix, at the commit in versions.txt (now other settings are the default), one after the other, on an otherwise idle machine; run from the
 # repository's root. What an interruption leaves unfinished, the same command continues.
 set -u
 results=results/cpu-45-epochs

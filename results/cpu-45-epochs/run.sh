@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Both networks without CutMix, at the commit in versions.txt (now other settings are the default), one after the other, on an otherwise idle machine; run from the
-# repository's root. What an interruption leaves unfinished, the same command continues.
+# Both networks without CutMix, one after the other, on an otherwise idle machine; run from the repository's root, at
+# the commit in versions.txt (now other settings are the default). What an interruption leaves unfinished, the same
+# command continues.
 set -u
 results=results/cpu-45-epochs
 for variant in baseline enhanced; do

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How soon a run can end at 83.28% and at 90%: short runs of the baseline, one after the other, on an otherwise idle
-# machine, without CutMix; run from the repository's root, at an earlier commit. The 8 epochs are compiled, and the code is compiled anew.
+# machine, without CutMix; run from the repository's root, at an earlier commit. The 8 epochs are compiled, and the code
+# is compiled anew.
 set -u
 results=results/cpu-short
 for epochs in 3 8; do

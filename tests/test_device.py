@@ -129,18 +129,25 @@ def test_compiled_code_has_a_folder_of_its_own_unless_the_user_chose_one(monkeyp
         assert device.cache_folder() == expected
 
 
-def test_after_a_death_while_compiling_no_headers_are_precompiled(monkeypatch, tmp_path):
-    options = {}
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: options.update(settings["options"]))
+def test_after_a_death_while_compiling_neither_code_nor_precompiled_headers_stay(monkeypatch, tmp_path):
     monkeypatch.setattr(device, "own_cache", lambda: tmp_path / "compiled")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # put back afterwards
-    for death, precompiled in ((False, True), (True, False), (False, False)):
-        if death:
+    header = tmp_path / "torchinductor_somebody" / "precompiled_headers" / "a.h"
+    precompiled, code = header.with_name("a.h.gch"), tmp_path / "compiled" / "code.so"
+    header.parent.mkdir(parents=True)
+    for died in (False, True):
+        with device.compile_cache():
+            code.touch()
+        header.touch()
+        precompiled.touch()
+        if died:
             (tmp_path / "compiled" / "unfinished").touch()
         with device.compile_cache():
-            device.compiled(torch.relu, CPU)
-        assert options["cpp_cache_precompile_headers"] is precompiled
+            pass
+        assert header.exists()
+        assert precompiled.exists() == code.exists() == (not died)
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):

@@ -127,8 +127,6 @@ def synchronize(device: torch.device) -> None:
 
 # ---- Compilation ---------------------------------------------------------------------------------------------------
 
-DAMAGED = "headers-may-be-damaged"  # a file in the folder of compiled code
-
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
@@ -145,7 +143,7 @@ def can_compile(device: torch.device) -> bool:
 def compiled(function: Callable, device: torch.device, *, processes: int = 1) -> Callable:
     """Return torch.compile of a training step's loss, with the compiler options that suit the device."""
     options = {
-        "cpu": {"cpp_cache_precompile_headers": not os.path.exists(cache_folder() / DAMAGED)},
+        "cpu": {},
         "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
         "mps": {"layout_optimization": False},  # channels last is several times slower there
     }
@@ -171,12 +169,18 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen and not chosen.startswith(default) else own_cache()
 
 
+def drop_precompiled_headers() -> None:
+    """Remove them from PyTorch's own folders, where it keeps them whatever the folder of compiled code."""
+    for header in Path(tempfile.gettempdir()).glob("torchinductor_*/precompiled_headers/*.?ch"):  # of GCC or Clang
+        with contextlib.suppress(OSError):  # another user's
+            header.unlink()
+
+
 @contextlib.contextmanager
 def compile_cache() -> Iterator[None]:
     """Compile with a cache that is dropped if a process died while it wrote there: damaged code is never loaded.
 
-    From then on no headers are precompiled, which takes twice as long: PyTorch keeps them outside of the cache, where
-    one may be damaged too. A user's own cache is used as it is.
+    Precompiled headers are dropped with it. A user's own cache is used as it is.
     """
     cache = cache_folder()
     if cache != own_cache() or " " in str(cache):
@@ -188,7 +192,7 @@ def compile_cache() -> Iterator[None]:
         if unfinished.exists():
             shutil.rmtree(cache)
             cache.mkdir()
-            (cache / DAMAGED).touch()
+            drop_precompiled_headers()
         unfinished.touch()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         yield

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from training import checkpoint, device, report
+from training import checkpoint, devices, report
 from training.augmentation import augment, draw_epoch, random_generator
 from training.checkpoint import State
 from training.config import Config, RunError, errors_in_one_line, parse_command_line
@@ -32,7 +32,7 @@ from training.cpu import keep_freed_memory
 from training.data import Data, load_data
 from training.files import RunFolder, open_run_folder
 from training.muon import Muon
-from training.processes import Processes, average_gradients, join_processes
+from training.processes import Processes, join_processes
 from training.report import Row
 from training.summary import print_summary
 
@@ -51,9 +51,9 @@ def run(
     """Train from the start, or from the checkpoint of an interrupted run, to the end; then evaluate and report."""
     # Device
     keep_freed_memory()
-    where = device.choose(config.device)
-    device.set_up(where, config.threads)
-    processes = join_processes(where)
+    device = devices.choose(config.device)
+    devices.set_up(device, config.threads)
+    processes = join_processes(device)
 
     # What there is to resume, or to start from
     saved = checkpoint.load_run(folder.checkpoint) if processes.rank == 0 and not config.fresh else None
@@ -63,7 +63,7 @@ def run(
         pretrained = checkpoint.load(config.init_from)
 
     # Data, and the settings that depend on them
-    data = load_data(config, where)
+    data = load_data(config, device)
     config = resolve_settings(config, data, saved, processes)
     identity = run_identity(name, arguments, data, config, saved, pretrained)
     if processes.broadcast(identity) != identity:
@@ -106,8 +106,8 @@ def resolve_settings(config: Config, data: Data, saved: dict[str, Any] | None, p
         if saved and getattr(config, key) == "auto":
             with checkpoint.usable(config.output_dir / "checkpoint.pt"):
                 config = replace(config, **{key: saved["recipe"][key]})
-    config = device.resolve_auto(config, data.train_images.device, len(data.train_images))
-    return replace(config, **processes.broadcast(config.identity()))  # another process may have chosen otherwise
+    config = devices.resolve_auto(config, data.train_images.device, len(data.train_images))
+    return replace(config, **processes.broadcast(config.recipe()))  # another process may have chosen otherwise
 
 
 def run_identity(
@@ -123,7 +123,7 @@ def run_identity(
     return {
         "variant": name,
         "network": {key: list(value) if isinstance(value, tuple) else value for key, value in arguments.items()},
-        "recipe": config.identity(),
+        "recipe": config.recipe(),
         "seed": config.seed,
         "data": data.fingerprint,
         "classes": data.classes,
@@ -147,8 +147,8 @@ def new_state(
     if pretrained:
         with checkpoint.usable(config.init_from, "--init-from file"):
             checkpoint.load_pretrained(network, pretrained, HEADLINE, data.classes)
-    where = data.train_images.device
-    network.to(where, memory_format=device.memory_format(where))
+    device = data.train_images.device
+    network.to(device, memory_format=devices.memory_format(device))
     return State(network, copy.deepcopy(network), make_optimizers(network, config))
 
 
@@ -188,7 +188,7 @@ def train(
     if writes and not rows:
         for old in (folder.summary, folder.metrics, checkpoint.previous_of(folder.checkpoint), folder.checkpoint):
             old.unlink(missing_ok=True)  # with --fresh; the checkpoint last: what dies in between still has its run
-    loss_of = make_loss(state, data, config, processes)
+    loss_of = make_loss(state, data, config, processes.size)
     split, steps = report.split_name(config), len(data.train_images) // config.batch_size
     report.print_columns(split)
     with tqdm(
@@ -204,7 +204,7 @@ def train(
             speed = steps * config.batch_size / (time.perf_counter() - start)
             logits = predict(getattr(state, HEADLINE), data.test_images, data, config, processes=processes)
             check_finite(state, logits, epoch, config.learning_rate)
-            row = {"epoch": epoch, "learning_rate": round(rate * config.learning_rate, 6), "loss": round(loss, 4)}
+            row = {"epoch": epoch, "learning_rate": round(rate, 6), "loss": round(loss, 4)}
             row |= {f"{split}_{name}": round(value, 4) for name, value in score(logits, data.test_labels).items()}
             now = time.perf_counter()
             left, seconds, begun = (config.epochs - epoch) * (now - start), now - begun, now
@@ -220,31 +220,33 @@ def train(
 def train_epoch(
     state: State, loss_of: Loss, data: Data, config: Config, epoch: int, bar: tqdm, processes: Processes = ALONE
 ) -> tuple[float, float]:
-    """Train for one epoch (the first is 1); return its mean loss and the fraction of the peak rate at its end.
+    """Train for one epoch (the first is 1); return its mean loss and the learning rate of Muon at its end.
 
     The incomplete last batch is dropped; the order, and so the images dropped, differ each epoch. Of several processes,
     each takes its share of every batch. Losses stay on the device.
     """
-    where, count = data.train_images.device, len(data.train_images)
+    device, count = data.train_images.device, len(data.train_images)
     steps, share = count // config.batch_size, config.batch_size // processes.size
     total = config.epochs * steps
     state.raw.train()
-    drawn = draw_epoch(count, config, epoch, where)
+    drawn = draw_epoch(count, config, epoch, device)
     seed = random_generator(config.seed, epoch).initial_seed()
     torch.manual_seed(seed + processes.rank)  # of stochastic depth
     averaged, raw = floating_tensors(state.averaged), floating_tensors(state.raw)
-    losses = torch.zeros(steps, device=where)
+    losses = torch.zeros(steps, device=device)
     for step in range(steps):
         done = (epoch - 1) * steps + step
-        rate = schedule(done, total, config.warmup)
+        fraction = schedule(done, total, config.warmup)
+        rate = fraction * config.learning_rate
         start = step * config.batch_size + processes.rank * share
         loss = loss_of(*augment(data, drawn, slice(start, start + share), config))
         loss.backward()
+        processes.average([parameter.grad for parameter in state.raw.parameters()])
         if config.clip_norm:
             nn.utils.clip_grad_norm_(state.raw.parameters(), config.clip_norm)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * rate
+                group["lr"] = optimizer.defaults["lr"] * fraction
             optimizer.step()
             optimizer.zero_grad()
         torch._foreach_lerp_(averaged, raw, max(1 / max(1.0, config.ema_horizon * total), 10 / (10 + done)))
@@ -252,7 +254,7 @@ def train_epoch(
         bar.update()
         if step == steps - 1 or step % 100 == 99:  # reading a loss waits for the device
             processes.average([losses[: step + 1]])
-            check_losses(losses[: step + 1], epoch, rate * config.learning_rate)
+            check_losses(losses[: step + 1], epoch, rate)
     processes.average([buffer for network in (state.raw, state.averaged) for buffer in floating_buffers(network)])
     return losses.mean().item(), rate
 
@@ -265,34 +267,34 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Tensor], Tensor]:
     """Return the function from images, uint8 (N, H, W, 3), to logits, float32 (N, classes)."""
-    where = data.train_images.device
-    mean, std = (torch.tensor(values, device=where) * 255 for values in (data.mean, data.std))
-    layout = device.memory_format(where)
+    device = data.train_images.device
+    mean, std = (torch.tensor(values, device=device) * 255 for values in (data.mean, data.std))
+    layout = devices.memory_format(device)
 
     def forward(images: Tensor) -> Tensor:
         inputs = ((images.float() - mean) / std).permute(0, 3, 1, 2)  # (N, 3, H, W)
-        with torch.autocast(where.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return network(inputs.contiguous(memory_format=layout)).float()
 
     return forward
 
 
-def make_loss(state: State, data: Data, config: Config, processes: Processes = ALONE) -> Loss:
-    """Return the loss to train with: compiled if the configuration says so, with gradients averaged over processes."""
-    where = data.train_images.device
+def make_loss(state: State, data: Data, config: Config, processes: int = 1) -> Loss:
+    """Return the loss to train with, of batches that so many processes share, compiled if the configuration says so."""
+    device = data.train_images.device
     forward = make_forward(state.raw, data, config)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
-    if config.compile == "on" and device.can_compile(where):
+    if config.compile == "on" and devices.can_compile(device):
         print("compiling the network: a minute or two the first time, seconds after that", flush=True)
-        drawn = draw_epoch(len(data.train_images), config, 1, where)
-        batch = augment(data, drawn, slice(config.batch_size // processes.size), config)
-        with device.compile_cache():
-            loss_of = device.compiled(loss_of, where, processes=processes.size)
+        drawn = draw_epoch(len(data.train_images), config, 1, device)
+        batch = augment(data, drawn, slice(config.batch_size // processes), config)
+        with devices.compile_cache():
+            loss_of = devices.compiled(loss_of, device, processes=processes)
             compile_ahead(state.raw, loss_of, batch)
-    return average_gradients(state.raw, loss_of) if processes.size > 1 else loss_of
+    return loss_of
 
 
 def compile_ahead(network: nn.Module, loss_of: Loss, batch: tuple[Tensor, Tensor]) -> None:
@@ -354,8 +356,8 @@ def predict(
     network.eval()
     forward = make_forward(network, data, config)
     logits = torch.zeros(len(images), len(data.classes), device=images.device)
-    share = device.evaluation_batch(images.device, images.shape[1])
-    batches = list(zip(images.split(share), logits.split(share), strict=True))
+    size = devices.evaluation_batch(images.device, images.shape[1])
+    batches = list(zip(images.split(size), logits.split(size), strict=True))
     for batch, result in batches[processes.rank :: processes.size]:
         result.copy_(forward(batch.flip(2) if flip else batch))
     processes.sum(logits)
@@ -392,15 +394,11 @@ def by_class(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, An
     """Return the accuracy of each class in per cent and, up to 300 classes, the confusion matrix."""
     count, predicted = len(classes), logits.argmax(1)
     hits, images = (values.bincount(minlength=count) for values in (labels[predicted == labels], labels))
-    details: dict[str, Any] = {
-        "per_class_accuracy": dict(zip(classes, (100 * hits.double() / images).tolist(), strict=True))
-    }
+    accuracy = (100 * hits.double() / images).tolist()
+    details: dict[str, Any] = {"per_class_accuracy": dict(zip(classes, accuracy, strict=True))}
     if count <= 300:
-        details["confusion_matrix"] = (
-            (labels * count + predicted).bincount(minlength=count**2).view(count, count).tolist()
-        )
-    else:
-        details["confusion_matrix"] = f"left out: {count} classes"
+        matrix = (labels * count + predicted).bincount(minlength=count**2).view(count, count)
+        details["confusion_matrix"] = matrix.tolist()
     return details
 
 

@@ -120,7 +120,7 @@ def main() -> None:
         if config.init_from:
             raise RunError("--init-from: the networks begin at random here")
         data = load_data(config, torch.device("cpu")).fingerprint
-        settings = {key: value for key, value in config.identity().items() if key != "seed"}
+        settings = {key: value for key, value in config.recipe().items() if key != "seed"}
         same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}
         place = hashlib.sha256(repr(same).encode()).hexdigest()[:8]
         for seed in range(options.seeds):  # all networks with one seed, then the next

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import common
 from tools import BUILDERS, add_device, exit_in_one_line, new_parser
-from training import device
+from training import devices
 from training.augmentation import augment, draw_epoch
 from training.config import Config, argument, one_line
 from training.cpu import keep_freed_memory
@@ -37,34 +37,34 @@ SETTINGS = {  # what is timed
 }
 
 
-def random_data(count: int, where: torch.device) -> Data:
+def random_data(count: int, device: torch.device) -> Data:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).to(where)
-    labels = (torch.arange(count) % 10).to(where)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+    labels = (torch.arange(count) % 10).to(device)
     classes = [str(label) for label in range(10)]
     return Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
 
 
-def gradients(build: Callable[..., nn.Module], config: Config, where: torch.device) -> dict[str, Tensor]:
+def gradients(build: Callable[..., nn.Module], config: Config, device: torch.device) -> dict[str, Tensor]:
     """Return the gradients of one batch, augmented on the device, without anything random in the network."""
-    data = random_data(config.batch_size, where)
+    data = random_data(config.batch_size, device)
     state = common.new_state(build, {}, data, config, None)
     for name, layer in state.raw.named_modules():
         if hasattr(layer, "p"):  # stochastic depth
             layer.p = 0.0
         if name.endswith("project.1"):  # begins at zero, where the branch before it has no gradient
             nn.init.ones_(layer.weight)
-    batch = augment(data, draw_epoch(config.batch_size, config, 1, where), slice(None), config)
+    batch = augment(data, draw_epoch(config.batch_size, config, 1, device), slice(None), config)
     common.make_loss(state, data, config)(*batch).backward()
     return {name: parameter.grad.cpu() for name, parameter in state.raw.named_parameters()}
 
 
-def largest_difference(build: Callable[..., nn.Module], config: Config, where: torch.device) -> str:
+def largest_difference(build: Callable[..., nn.Module], config: Config, device: torch.device) -> str:
     """Return the largest distance of a weight's gradient from the CPU's, relative to its norm, and the weight's name.
 
     Norms count as a thousandth of the largest one at least: what BN cancels has a gradient of rounding errors alone.
     """
-    found, expected = (gradients(build, config, place) for place in (where, CPU))
+    found, expected = (gradients(build, config, place) for place in (device, CPU))
     least = max(value.norm() for value in expected.values()) / 1000
     differences = {
         name: ((found[name] - value).norm() / value.norm().clamp(min=least)).item() for name, value in expected.items()
@@ -73,17 +73,17 @@ def largest_difference(build: Callable[..., nn.Module], config: Config, where: t
     return f"largest relative difference {differences[worst]:.1e} ({worst})"
 
 
-def time_steps(build: Callable[..., nn.Module], config: Config, where: torch.device, steps: int) -> str:
+def time_steps(build: Callable[..., nn.Module], config: Config, device: torch.device, steps: int) -> str:
     """Train for an epoch of so many steps, then for another one whose time counts."""
-    if config.compile == "on" and not device.can_compile(where):
+    if config.compile == "on" and not devices.can_compile(device):
         raise RuntimeError("torch.compile does not work here")
-    data = random_data(steps * config.batch_size, where)
+    data = random_data(steps * config.batch_size, device)
     state = common.new_state(build, {}, data, config, None)
     loss_of = common.make_loss(state, data, config)
     for epoch in (1, 2):
         begun = time.perf_counter()
         common.train_epoch(state, loss_of, data, config, epoch, tqdm(disable=True))
-        device.synchronize(where)
+        devices.synchronize(device)
     return f"{1000 * (time.perf_counter() - begun) / steps:.1f} ms a step"
 
 
@@ -94,22 +94,22 @@ def guarded(task: Callable[[], str]) -> str:
         return f"failed: {type(error).__name__}: {one_line(error)}"
 
 
-def describe_machine(where: torch.device) -> str:
+def describe_machine(device: torch.device) -> str:
     chip = platform.processor() or platform.machine()
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         chip = subprocess.run(command, capture_output=True, text=True).stdout.strip() or chip
     system = f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.platform()
-    return f"{system}, {chip}, torch {torch.__version__}, {where.type}"
+    return f"{system}, {chip}, torch {torch.__version__}, {device.type}"
 
 
-def report(options: argparse.Namespace, where: torch.device) -> Iterator[str]:
+def report(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
     config = Config(batch_size=options.batch_size, epochs=2, precision="fp32", compile="off")
-    yield describe_machine(where)
+    yield describe_machine(device)
     for variant, build in BUILDERS.items():
-        yield f"{variant}, gradients: {guarded(functools.partial(largest_difference, build, config, where))}"
+        yield f"{variant}, gradients: {guarded(functools.partial(largest_difference, build, config, device))}"
         for name, settings in SETTINGS.items():
-            task = functools.partial(time_steps, build, replace(config, **settings), where, options.steps)
+            task = functools.partial(time_steps, build, replace(config, **settings), device, options.steps)
             yield f"{variant}, {name}, batch {options.batch_size}: {guarded(task)}"
 
 
@@ -122,10 +122,10 @@ def main() -> None:
     options = parser.parse_args()
     with exit_in_one_line():
         keep_freed_memory()
-        where = device.choose(options.device)
-        device.set_up(where)
+        device = devices.choose(options.device)
+        devices.set_up(device)
         print("```")
-        for line in report(options, where):
+        for line in report(options, device):
             print(line)
         print("```")
 

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import common
 from mobilenetv4_baseline import MobileNetV4
 from tools import BUILDERS
-from training import cpu, device
+from training import cpu, devices
 from training.config import Config
 from training.data import Data, load_data
 from training.muon import Muon
@@ -65,7 +65,7 @@ def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 Patches = list[tuple[Any, str, Any]]
 LEVERS: dict[str, Patches | dict[str, str]] = {  # of the loop on a CPU: how each is taken away, by patches or a setting
     "freed memory kept": [(cpu, "keep_freed_memory", lambda: None)],
-    "channels last": [(device, "memory_format", lambda _: torch.contiguous_format)],
+    "channels last": [(devices, "memory_format", lambda _: torch.contiguous_format)],
     "bf16": {"precision": "fp32"},
     "compilation": {"compile": "off"},
     "BN by image": [(cpu.BatchNorm2d, "forward", nn.BatchNorm2d.forward)],
@@ -78,9 +78,9 @@ LEVERS: dict[str, Patches | dict[str, str]] = {  # of the loop on a CPU: how eac
 
 def set_up(name: str) -> torch.device:
     cpu.keep_freed_memory()
-    where = device.choose(name)
-    device.set_up(where)
-    return where
+    device = devices.choose(name)
+    devices.set_up(device)
+    return device
 
 
 class Ours:
@@ -91,10 +91,10 @@ class Ours:
         for patch in lever if isinstance(lever, list) else []:
             setattr(*patch)
         settings = options.settings | (lever if isinstance(lever, dict) else {})
-        where = set_up(options.device)
+        device = set_up(options.device)
         config = replace(Config(batch_size=options.batch_size), **settings)
-        self.config, self.epoch = device.resolve_auto(config, where, PROJECT_SIZE), 0
-        images, labels = (tensor.to(where) for tensor in random_images(options.images))
+        self.config, self.epoch = devices.resolve_auto(config, device, PROJECT_SIZE), 0
+        images, labels = (tensor.to(device) for tensor in random_images(options.images))
         classes = [str(label) for label in range(10)]
         self.data = Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
         build = BUILDERS[name if name in BUILDERS else options.levers]
@@ -174,7 +174,7 @@ def work(name: str, options: argparse.Namespace) -> None:
         for task in (contender.train, contender.evaluate):
             begun = time.monotonic()
             images = task()
-            device.synchronize(torch.device(options.device))
+            devices.synchronize(torch.device(options.device))
             rates[task.__name__] = images / (time.monotonic() - begun)
     memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else peak_memory()
     profiling = name.startswith("profile ")
@@ -244,18 +244,18 @@ def take_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, l
 SIDES = {"cpu": 2048, "cuda": 4096, "mps": 2048}  # of the matrices whose product is timed
 
 
-def rate_of(operation: Callable[[], Any], amount: float, where: torch.device) -> float:
+def rate_of(operation: Callable[[], Any], amount: float, device: torch.device) -> float:
     """Return the best of 5 rates, in `amount` a second."""
     times = []
     for _ in range(6):
         begun = time.monotonic()
         operation()
-        device.synchronize(where)
+        devices.synchronize(device)
         times.append(time.monotonic() - begun)
     return amount / min(times)
 
 
-def limits(variant: str, where: torch.device, precision: str) -> dict[str, float]:
+def limits(variant: str, device: torch.device, precision: str) -> dict[str, float]:
     """Return the images/s that arithmetic alone and memory traffic alone would allow.
 
     Arithmetic: three times the forward pass's multiply-accumulates at the rate of a large matrix product. Traffic:
@@ -263,19 +263,19 @@ def limits(variant: str, where: torch.device, precision: str) -> dict[str, float
     gradient written, at the rate of a large copy; nothing between convolutions touches memory.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    size, network, elements = SIDES[where.type], BUILDERS[variant](), []
+    size, network, elements = SIDES[device.type], BUILDERS[variant](), []
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, x, y: elements.append(3 * x[0].numel() + 2 * y.numel()))
     macs = count_macs(network, 32)[""]
     network.eval()(torch.zeros(1, 3, 32, 32))
     elements = elements[-len(elements) // 2 :]  # counting runs the network too
-    matrix = torch.randn(size, size, device=where).to(dtype)
+    matrix = torch.randn(size, size, device=device).to(dtype)
     kernels, pixels = matrix[:, :, None, None], matrix.view(size, size, 1, 1)
-    source, target = (torch.zeros(1 << 26, device=where) for _ in range(2))
+    source, target = (torch.zeros(1 << 26, device=device) for _ in range(2))
     products = (lambda: matrix @ matrix, lambda: nn.functional.conv2d(pixels, kernels))  # of different libraries
-    flops = max(rate_of(product, 2 * size**3, where) for product in products)
-    traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), where)
+    flops = max(rate_of(product, 2 * size**3, device) for product in products)
+    traffic = rate_of(lambda: target.copy_(source), 2 * 4 * (1 << 26), device)
     return {
         "flops": flops,
         "bytes": traffic,
@@ -289,15 +289,15 @@ def limits(variant: str, where: torch.device, precision: str) -> dict[str, float
 
 def first_step(options: argparse.Namespace) -> None:
     """Do what a script does until its first step is done, without compiling, and print the seconds since its start."""
-    where = set_up(options.device)
-    config = device.resolve_auto(Config(data_dir=options.data_dir, compile="off"), where, PROJECT_SIZE)
-    data = load_data(config, where)
+    device = set_up(options.device)
+    config = devices.resolve_auto(Config(data_dir=options.data_dir, compile="off"), device, PROJECT_SIZE)
+    data = load_data(config, device)
     state = common.new_state(MobileNetV4, {}, data, config, None)
     images, labels = data.train_images[: config.batch_size], data.train_labels[: config.batch_size]
     common.make_loss(state, data, config)(images, labels).backward()
     for optimizer in state.optimizers:
         optimizer.step()
-    device.synchronize(torch.device(options.device))
+    devices.synchronize(torch.device(options.device))
     print(time.time() - float(os.environ["STARTED"]))
 
 
@@ -307,7 +307,8 @@ def start_up(arguments: list[str]) -> float:
     for _ in range(4):
         environment = {**os.environ, "STARTED": str(time.time())}
         command = [sys.executable, "-m", "benchmarks.throughput", "--work", "start", *arguments]
-        seconds.append(float(subprocess.run(command, env=environment, check=True, capture_output=True).stdout))
+        output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+        seconds.append(float(output.split()[-1]))  # after notices of the data
     return statistics.median(seconds[1:])
 
 

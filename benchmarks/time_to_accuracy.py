@@ -15,6 +15,7 @@ for its Muon version: 8 epochs, batches of 2,000; bf16 where the hardware has it
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import common
 from benchmarks.shifts import shift
 from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser
-from training import device
+from training import devices
 from training.augmentation import augment, draw_epoch, random_generator
 from training.config import DEVICES, Config, RunError, flag
 from training.cpu import keep_freed_memory
@@ -136,23 +137,23 @@ def train_airbench94(network: nn.Sequential, data: Data, config: Config) -> None
 
 def run_airbench94(options: argparse.Namespace) -> tuple[Trained, Data, float]:
     """Train airbench94, and return it as the tools take a network, the data, and the seconds of its training."""
-    where = device.choose(options.device)
-    device.set_up(where)
+    device = devices.choose(options.device)
+    devices.set_up(device)
     settings = dict(epochs=options.airbench_epochs, batch_size=BATCH, crop_padding=2, cutout=0, cutmix=0.0)
-    config = device.resolve_auto(Config(**settings, seed=options.seed, data_dir=options.data_dir), where, 0)
-    data = load_data(config, where)
+    config = devices.resolve_auto(Config(**settings, seed=options.seed, data_dir=options.data_dir), device, 0)
+    data = load_data(config, device)
     begun = time.perf_counter()
     torch.manual_seed(options.seed)
     network = airbench94()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
     images = (data.train_images[:5000].cpu().permute(0, 3, 1, 2) / 255 - mean) / std
     whiten(network[0], images)
-    network.to(where, memory_format=device.memory_format(where))
+    network.to(device, memory_format=devices.memory_format(device))
     train_airbench94(network.train(), data, config)
-    device.synchronize(where)
+    devices.synchronize(device)
     seconds = time.perf_counter() - begun
     saved = {"mean": data.mean, "std": data.std, "classes": data.classes, "image_size": 32}
-    return Trained(Path("airbench94"), network.eval(), saved, config, where), data, seconds
+    return Trained(Path("airbench94"), network.eval(), saved, config, device), data, seconds
 
 
 # ---- Ours ----------------------------------------------------------------------------------------------------------
@@ -208,6 +209,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
+    for contender in options.contenders:
+        if not re.fullmatch(r"airbench94|(baseline|enhanced):[1-9]\d*", contender):
+            parser.error(f"{contender}: expected airbench94, baseline:EPOCHS or enhanced:EPOCHS")
     with exit_in_one_line():
         keep_freed_memory()
         print(f"{'':<14}{'minutes':>8}{'one view':>10}{'two':>8}{'six':>8}{'parameters':>12}{'M MACs':>8}", end="")

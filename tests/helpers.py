@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from training import checkpoint, device
+from training import checkpoint, devices
 from training.checkpoint import State
 from training.config import Config
 from training.cpu import DepthwiseConv2d
@@ -76,7 +76,7 @@ class Tiny(nn.Module):
 def new_tiny(config: Config) -> State:
     """Return the state of a run of the small network before its first step."""
     torch.manual_seed(config.seed)
-    network = Tiny().to(memory_format=device.memory_format(CPU))
+    network = Tiny().to(memory_format=devices.memory_format(CPU))
     return State(network, copy.deepcopy(network), common.make_optimizers(network, config))
 
 

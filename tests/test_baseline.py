@@ -19,7 +19,7 @@ from mobilenetv4_baseline import (
     make_divisible,
     network_arguments,
 )
-from training import device
+from training import devices
 from training.config import Config
 from training.cpu import (
     BatchNorm2d,
@@ -376,9 +376,9 @@ def test_a_bad_argument_is_refused_by_name_and_value(name, value):
 @pytest.fixture
 def compiled():
     """Return torch.compile, where it works."""
-    if not device.can_compile(CPU):
+    if not devices.can_compile(CPU):
         pytest.skip("nothing can be compiled here")
-    return lambda network: device.compiled(network, CPU)
+    return lambda network: devices.compiled(network, CPU)
 
 
 class Parallel(nn.Module):

@@ -17,7 +17,7 @@ from benchmarks import ablation, mps_check, shifts, throughput, time_to_accuracy
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 from tools import BUILDERS, Trained
-from training import checkpoint, device
+from training import checkpoint, devices
 from training.config import Config, RunError
 from training.data import load_data
 from training.summary import count_parameters
@@ -45,7 +45,7 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits(monkeypa
 
 
 def test_each_lever_of_the_throughput_benchmark_is_one_that_the_loop_has():
-    fields = Config().identity()
+    fields = Config().recipe()
     for lever in throughput.LEVERS.values():
         if isinstance(lever, dict):
             assert lever.keys() <= fields.keys()
@@ -81,11 +81,18 @@ def test_airbench94_learns_drawn_shapes_and_is_evaluated_in_three_ways():
     assert min(time_to_accuracy.accuracies(trained, data)) > 50  # of ten kinds of shapes
 
 
+def test_a_contender_without_a_length_is_refused():
+    for contender in ("baseline", "enhanced:0", "airbench"):
+        result = run_here(time_to_accuracy.main, "airbench94", contender)
+        assert result.returncode == 2
+        assert result.stderr.endswith(f"error: {contender}: expected airbench94, baseline:EPOCHS or enhanced:EPOCHS\n")
+
+
 # ---- MPS -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_check_of_mps_prints_differences_times_and_what_failed(monkeypatch):
-    monkeypatch.setattr(device, "can_compile", lambda _: False)
+    monkeypatch.setattr(devices, "can_compile", lambda _: False)
     monkeypatch.setitem(mps_check.SETTINGS, "eager bf16", mps_check.SETTINGS["eager fp32"])  # slow on some CPUs
     result = run_here(mps_check.main, "--device", "cpu", "--steps", "1", "--batch-size", "4")
     lines = result.stdout.splitlines()

@@ -19,7 +19,7 @@ from training.config import Config, RunError
 from training.schema import FORMAT, check_schema
 
 CONFIG = Config(epochs=2, batch_size=5, precision="fp32")
-IDENTITY = {"variant": "tiny", "network": {"width": 1.0}, "recipe": CONFIG.identity(), "seed": 0, "data": "23 images"}
+IDENTITY = {"variant": "tiny", "network": {"width": 1.0}, "recipe": CONFIG.recipe(), "seed": 0, "data": "23 images"}
 IDENTITY |= {"classes": ["a", "b", "c"], "image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3, "init_from": None}
 ROW = {"epoch": 1, "learning_rate": 0.1, "loss": 1.0, "test_accuracy": 50.0, "images_per_second": 9.0, "seconds": 1.5}
 

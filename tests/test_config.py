@@ -1,7 +1,9 @@
 """The configuration, its flags, and what a message shows of foreign text."""
 
 import argparse
+import io
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -77,8 +79,8 @@ def test_cutmix_grows_with_the_length_unless_it_is_given(epochs, share):
 
 def test_what_decides_the_weights_is_the_identity_and_no_path_device_or_action():
     local = {"data_dir", "data_url", "output_dir", "device", "threads", "synthetic", "fresh", "init_from", "summary"}
-    assert Config().identity().keys() == {item.name for item in fields(Config)} - local
-    assert Config(threads=2, fresh=True, device="cpu").identity() == Config().identity() != Config(seed=1).identity()
+    assert Config().recipe().keys() == {item.name for item in fields(Config)} - local
+    assert Config(threads=2, fresh=True, device="cpu").recipe() == Config().recipe() != Config(seed=1).recipe()
 
 
 def test_an_error_becomes_one_line_of_bounded_length():
@@ -103,3 +105,13 @@ def test_an_expected_failure_is_printed_without_terminal_codes_and_any_other_kee
     for error in (KeyError("a bug"), OSError("a bug"), RuntimeError("a bug"), argparse.ArgumentTypeError("a bug")):
         with pytest.raises(type(error)):
             run_here(lambda error=error: fail(error))
+
+
+def test_a_stream_of_a_notebook_is_used_as_it_is(monkeypatch):
+    class Stream(io.TextIOBase):
+        def write(self, text):
+            raise RunError(text)
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    with pytest.raises(SystemExit, match="error: written"), errors_in_one_line():
+        print("written")

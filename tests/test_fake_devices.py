@@ -25,7 +25,7 @@ from tqdm import tqdm
 import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from training import device, muon
+from training import devices, muon
 from training.config import Config
 from training.data import Data
 from training.muon import Muon
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of Fa
 FAKE = torch.device("cuda")  # stands for MPS too: only macOS builds of PyTorch can slice tensors there
 PATCHES = []  # defects that a test makes
 VARIANTS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
-CHOICES = {  # of training.device, as on each device
+CHOICES = {  # of training.devices, as on each device
     "cuda": dict(memory_format=lambda _: torch.channels_last, fastest_precision=lambda _: "bf16"),
     "mps": dict(memory_format=lambda _: torch.contiguous_format, fastest_precision=lambda _: "fp32"),
 }
@@ -43,13 +43,13 @@ CHOICES = {  # of training.device, as on each device
 # ---- Steps on fake devices -----------------------------------------------------------------------------------------
 
 
-def move(network, where, memory_format):
+def move(network, device, memory_format):
     """Do what Module.to does, which would exchange tensors in place: fake ones refuse."""
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in [(name, tensor) for name, tensor in tensors.items() if tensor is not None]:
                 layout = memory_format if tensor.dim() == 4 else torch.preserve_format
-                moved = tensor.detach().to(where, memory_format=layout)
+                moved = tensor.detach().to(device, memory_format=layout)
                 tensors[name] = nn.Parameter(moved) if isinstance(tensor, nn.Parameter) else moved
     return network
 
@@ -119,7 +119,7 @@ def fake_device(kind):
     mode = FakeTensorMode()
     with contextlib.ExitStack() as stack:
         for name, choice in CHOICES[kind].items():
-            stack.enter_context(mock.patch.object(device, name, choice))
+            stack.enter_context(mock.patch.object(devices, name, choice))
         stack.enter_context(mock.patch.object(nn.Module, "to", move))
         stack.enter_context(mock.patch.object(torch.Tensor, "backward", backward))
         stack.enter_context(mock.patch.object(torch.Tensor, "item", lambda tensor: math.nan))
@@ -142,7 +142,7 @@ def train_and_predict(kind, build):
         labels = torch.zeros(4, dtype=torch.int64, device=FAKE)
         classes = [str(label) for label in range(10)]
         data = Data("", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
-        config = Config(batch_size=4, epochs=1, precision=device.fastest_precision(FAKE), compile="off", clip_norm=1)
+        config = Config(batch_size=4, epochs=1, precision=devices.fastest_precision(FAKE), compile="off", clip_norm=1)
         state = common.new_state(build, {}, data, config, None)
         record.buffers = {storage(buffer) for buffer in state.raw.buffers()}
         record.statistics = {storage(buffer) for buffer in common.floating_buffers(state.raw)}
@@ -193,7 +193,7 @@ def leave_on_the_cpu(function):
     [
         (common, "draw_epoch", leave_on_the_cpu(common.draw_epoch)),
         (muon, "padding", leave_on_the_cpu(muon.padding)),
-        (nn.Module, "to", lambda network, where, memory_format: network),
+        (nn.Module, "to", lambda network, device, memory_format: network),
         (torch, "zeros_like", lambda tensor, zeros=torch.zeros: zeros(tensor.shape)),  # of Muon's momentum
     ],
 )

@@ -38,7 +38,7 @@ from helpers import (
 )
 
 import common
-from training import checkpoint, device, files
+from training import checkpoint, devices, files
 from training.checkpoint import State
 from training.config import Config, RunError
 from training.files import RunFolder, open_run_folder
@@ -673,39 +673,39 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # put back afterwards, whatever the test does
-    device.can_compile.cache_clear()
+    devices.can_compile.cache_clear()
     yield tmp_path / "torch" / "compiled"
-    device.can_compile.cache_clear()
+    devices.can_compile.cache_clear()
 
 
 def test_compiled_code_is_kept_unless_its_making_was_cut_short(own_cache):
     for _ in range(2):
-        with device.compile_cache():
+        with devices.compile_cache():
             assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(own_cache)
             (own_cache / "code").touch()
     assert os.listdir(own_cache) == ["code"]
 
     def die() -> None:
-        with device.compile_cache():
+        with devices.compile_cache():
             (own_cache / "half").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_a_child(die) == -signal.SIGKILL
     assert (own_cache / "half").exists()
-    with device.compile_cache():
+    with devices.compile_cache():
         assert not {"code", "half"} & set(os.listdir(own_cache))
 
 
 def test_a_cache_of_compiled_code_that_the_user_chose_is_used_as_it_is(own_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    with device.compile_cache():
+    with devices.compile_cache():
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
     assert not list(tmp_path.iterdir())
 
 
 def test_compiled_code_lies_where_compilers_find_it_also_when_the_home_has_a_space(own_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "two words"))
-    with device.compile_cache():
+    with devices.compile_cache():
         assert " " not in os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
 
 
@@ -730,8 +730,8 @@ def test_pytorch_does_not_complain_of_a_missing_gpu_when_it_compiles_for_a_cpu(t
         pytest.skip("only a PyTorch for CUDA without a GPU complains")
     code = """
 import torch
-from training import device
-device.set_up(torch.device("cpu"))
+from training import devices
+devices.set_up(torch.device("cpu"))
 import torch.utils.cpp_extension  # which the compiler imports
 """
     environment = {**os.environ, "CUDA_HOME": str(tmp_path)}

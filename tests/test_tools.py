@@ -124,7 +124,7 @@ def test_a_mistake_of_our_own_is_not_blamed_on_the_checkpoint(trained, monkeypat
     def wrong(device):
         raise TypeError("a mistake")
 
-    monkeypatch.setattr(tools.trained.device, "memory_format", wrong)
+    monkeypatch.setattr(tools.trained.devices, "memory_format", wrong)
     with pytest.raises(TypeError, match="a mistake"):
         tools.load_network(trained[0] / "checkpoint.pt")
 
@@ -542,11 +542,12 @@ def test_all_pictures_of_a_run_are_drawn(trained, tmp_path):
     assert refused.returncode == 1
     assert f"{other}: not the images that {run} was trained on" in refused.stderr
     copy = shutil.copytree(run, tmp_path / "many classes")
-    summary = json.loads((run / "summary.json").read_text()) | {"confusion_matrix": "left out: 301 classes"}
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["confusion_matrix"]
     (copy / "summary.json").write_text(json.dumps(summary))
     drawn = run_tool("plot", copy)
     assert drawn.returncode == 0 and not (copy / "confusion.png").exists()
-    assert "confusion.png is not drawn, the matrix was left out: 301 classes" in drawn.stdout
+    assert "confusion.png is left out: " in drawn.stdout
 
 
 def test_samples_are_the_images_that_the_network_is_trained_on(trained, tmp_path, monkeypatch):

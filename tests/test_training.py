@@ -13,7 +13,7 @@ from tqdm import tqdm
 import common
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from training import device
+from training import devices
 from training.augmentation import draw_epoch
 from training.checkpoint import State
 from training.config import Config, RunError
@@ -87,7 +87,7 @@ def test_training_runs_in_bfloat16_too():
 def test_a_contiguous_layout_trains_the_same_network(monkeypatch):
     config = Config(epochs=3, batch_size=5, precision="fp32")
     usual, _ = train(config)
-    monkeypatch.setattr(device, "memory_format", lambda where: torch.contiguous_format)  # as on MPS
+    monkeypatch.setattr(devices, "memory_format", lambda device: torch.contiguous_format)  # as on MPS
     contiguous, _ = train(config)
     assert contiguous.raw.dense.weight.is_contiguous()
     for expected, got in zip(usual.raw.parameters(), contiguous.raw.parameters(), strict=True):
@@ -240,12 +240,12 @@ def test_a_held_out_accuracy_is_called_so():
     assert not any("test" in key for key in results)
 
 
-def test_the_confusion_matrix_of_very_many_classes_is_left_out_with_a_word():
-    for count, kind in ((300, list), (301, str)):
+def test_the_confusion_matrix_of_very_many_classes_is_left_out():
+    for count in (300, 301):
         labels = torch.arange(count)
         details = common.by_class(torch.eye(count), labels, [str(label) for label in range(count)])
         assert set(details["per_class_accuracy"].values()) == {100.0}
-        assert isinstance(details["confusion_matrix"], kind)
+        assert ("confusion_matrix" in details) == (count == 300)
 
 
 # ---- What a run is -------------------------------------------------------------------------------------------------

@@ -44,7 +44,8 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any
         results["top5"] = 100 * within.double().mean().item()
     results |= {"loss": loss, "calibration_error": calibration_error(logits.softmax(1), labels)}
     results["classes"] = precision_and_recall(logits.argmax(1), labels, classes)
-    return results | {"confusion_matrix": by_class(logits, labels, classes)["confusion_matrix"]}
+    details = by_class(logits, labels, classes)
+    return results | {name: details[name] for name in details if name == "confusion_matrix"}
 
 
 def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, dict[str, Any]]:
@@ -78,9 +79,9 @@ def report(results: dict[str, Any]) -> str:
     for name, row in zip(names, results["classes"].values(), strict=True):
         recall, precision = ("-" if row[key] is None else f"{row[key]:.2f}%" for key in ("recall", "precision"))
         lines.append(f"{name:<{wide}}  {row['images']:>6}{recall:>8}{precision:>11}")
+    if "confusion_matrix" not in results:
+        return "\n".join([*lines, f"\nconfusion matrix left out: {len(names)} classes"])
     matrix = results["confusion_matrix"]
-    if isinstance(matrix, str):
-        return "\n".join([*lines, f"\nconfusion matrix {matrix}"])
     cell = max(5, len(str(max(map(max, matrix)))) + 1)
     numbers = "".join(f"{index:>{cell}}" for index in range(len(names)))
     lines.append(f"\n{'true':<{wide}}{numbers}   predicted, by number")

@@ -149,13 +149,13 @@ def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterat
         raise RunError(f"{printable(file)}: not there; the other pictures are drawn when a run has finished")
     with usable(file, "summary"):
         summary = json.loads(file.read_text())
-        classes, matrix = list(map(printable, summary["per_class_accuracy"])), summary["confusion_matrix"]
-        counts = None if isinstance(matrix, str) else torch.tensor(matrix).double().view(len(classes), len(classes))
-    if counts is None:
-        print(f"confusion.png is not drawn, the matrix was {printable(matrix)}")
-    else:
+        classes, matrix = list(map(printable, summary["per_class_accuracy"])), summary.get("confusion_matrix")
+        counts = torch.tensor(matrix or []).double().view(2 * [len(classes) if matrix else 0])
+    if matrix:
         draw_confusion(classes, counts, folder / "confusion.png", plt)
         yield folder / "confusion.png"
+    else:
+        print(f"confusion.png is left out: {len(classes)} classes")
     trained = load_network(run / "checkpoint.pt")
     data, facts = load_images(trained, data_dir)
     if not facts["own"]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common import HEADLINE, predict
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from training import device
+from training import devices
 from training.checkpoint import load, usable
 from training.config import Config, RunError, printable
 from training.data import Data, load_data
@@ -52,14 +52,14 @@ def load_network(path: Path, *, weights: str = HEADLINE, on: str = "cpu") -> Tra
     Raises:
         RunError: naming the file, if it is none of these, or damaged; or if there is no such device.
     """
-    where = device.choose(on)
-    device.set_up(where)
+    device = devices.choose(on)
+    devices.set_up(device)
     saved = load(path)
     with usable(path):
         network, config = build_network(saved, weights), run_settings(saved)
-    if device.fastest_precision(where) == "fp32":
+    if devices.fastest_precision(device) == "fp32":
         config = replace(config, precision="fp32")
-    return Trained(path, network.to(where, memory_format=device.memory_format(where)), saved, config, where)
+    return Trained(path, network.to(device, memory_format=devices.memory_format(device)), saved, config, device)
 
 
 def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
@@ -79,7 +79,7 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
 def run_settings(saved: dict[str, Any]) -> Config:
     """Return the settings of the run; what an older checkpoint lacks gets its default."""
     recipe = BEFORE | {RENAMED.get(key, key): value for key, value in saved["recipe"].items()}
-    known = Config(image_size=saved["image_size"]).identity()
+    known = Config(image_size=saved["image_size"]).recipe()
     return Config(**{key: type(default)(recipe.get(key, default)) for key, default in known.items()})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from training.config import RunError, one_line
 from training.files import atomic_write, check_archive
@@ -138,8 +138,8 @@ def previous_of(path: Path) -> Path:
 def save(path: Path, state: State, epoch: int, identity: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Save what a run needs to resume; the file that was there stays as checkpoint.previous.pt."""
     content = {"format": FORMAT, **identity, "epoch": epoch, "metrics": rows}
-    content |= {"model": on_cpu(state.raw.state_dict()), "averaged": on_cpu(state.averaged.state_dict())}
-    content["optimizer"] = [optimizer_state(optimizer) for optimizer in state.optimizers]
+    content |= {"model": dict(state.raw.state_dict()), "averaged": dict(state.averaged.state_dict())}
+    content["optimizer"] = [optimizer.state_dict() for optimizer in state.optimizers]
     if path.exists():
         previous = previous_of(path)
         previous.unlink(missing_ok=True)
@@ -149,28 +149,6 @@ def save(path: Path, state: State, epoch: int, identity: dict[str, Any], rows: l
             with contextlib.suppress(OSError):
                 shutil.copyfile(path, previous)
     write(path, content)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state_dict on the CPU; PyTorch's own holds the very dictionaries that it trains with."""
-    saved = optimizer.state_dict()
-    state = saved["state"]
-    copies = on_cpu({(index, name): value for index in state for name, value in state[index].items()})
-    return saved | {"state": {index: {name: copies[index, name] for name in state[index]} for index in state}}
-
-
-def on_cpu(tensors: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """Copy tensors to the CPU, those of a type in one transfer: each waits for the device."""
-    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-        return dict(tensors)  # a state_dict is an OrderedDict
-    copies = {}
-    for dtype in {tensor.dtype for tensor in tensors.values()}:
-        names = [name for name, tensor in tensors.items() if tensor.dtype == dtype]
-        flat = torch.cat([tensors[name].flatten() for name in names]).cpu()
-        parts = flat.split([tensors[name].numel() for name in names])
-        for name, part in zip(names, parts, strict=True):  # in the memory format that it had
-            copies[name] = torch.empty_like(tensors[name], device="cpu").copy_(part.view(tensors[name].shape))
-    return copies
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def download(archive: Path, sources: tuple[str, ...]) -> None:
     part, enough, rates, reasons = archive.with_name(ARCHIVE + ".part"), 0.0, dict.fromkeys(sources, 0.0), {}
     print(f"CIFAR-10 is not in {printable(archive.parent)}: downloading it, {ARCHIVE_BYTES / 1e6:.0f} MB", flush=True)
     while size_of(part) >= enough:
-        enough = size_of(part) + ARCHIVE_BYTES / 10_000  # crumbs come to an end
+        enough = size_of(part) + ARCHIVE_BYTES / 10_000  # another round only if this one brought 0.01% of the archive
         slow = SLOW if len(sources) > 1 and not reasons else 0  # in the first round a slow one gives way to the next
         for url in sorted(sources, key=rates.__getitem__, reverse=True):
             host, reason = printable(url.split("://")[-1].split("/")[0] or url), ""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ class Config:
     summary: bool = setting(False, "print the network layer by layer and exit", local=True)
 
     def __post_init__(self) -> None:
-        if self.cutmix is None:  # a guess, not tuned
+        if self.cutmix is None:  # fewer in shorter runs, which overfit less; not tuned
             object.__setattr__(self, "cutmix", min(0.5, self.epochs / 90))
         for item in fields(self):
             value, about = getattr(self, item.name), item.metadata
@@ -98,8 +99,8 @@ class Config:
         if self.synthetic and (self.data_url or self.data_dir != Config.data_dir):
             raise ValueError("--synthetic draws its own images: leave out --data-dir and --data-url")
 
-    def identity(self) -> dict[str, Any]:
-        """Return the fields that are saved and compared."""
+    def recipe(self) -> dict[str, Any]:
+        """Return the training settings: they are saved, and compared when a run resumes."""
         return {item.name: getattr(self, item.name) for item in fields(self) if "local" not in item.metadata}
 
 
@@ -175,7 +176,8 @@ def errors_in_one_line() -> Iterator[None]:
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed: the next file opened would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook or IDLE
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
     except BrokenPipeError:  # as in `| head`

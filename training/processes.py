@@ -4,13 +4,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,3 @@ def end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
-
-
-class LossModule(nn.Module):
-    """A loss as a module with the network's parameters, which is what DistributedDataParallel takes."""
-
-    def __init__(self, network: nn.Module, loss_of: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.network, self.loss_of = network, loss_of
-
-    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_of(images, labels)
-
-
-def average_gradients(network: nn.Module, loss_of: Callable[..., Tensor]) -> nn.Module:
-    """Return the loss with gradients that are averaged over the processes during the backward pass."""
-    loss = nn.parallel.DistributedDataParallel(LossModule(network, loss_of))
-    loss.broadcast_buffers = False  # train_epoch averages BN's statistics, once in an epoch
-    return loss

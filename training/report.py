@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import nn
 
-from training import device
+from training import devices
 from training.config import Config, printable
 from training.data import Data
 from training.files import RunFolder, atomic_write
@@ -29,16 +29,16 @@ def split_name(config: Config) -> str:
 
 def collect_facts(network: nn.Module, data: Data, config: Config, processes: Processes) -> dict[str, Any]:
     """Return what the header and summary.json say about network, data, device and versions."""
-    where = data.train_images.device
+    device = data.train_images.device
     return {
         "parameters": count_parameters(network),
         "macs": count_macs(network, config.image_size)[""],
         "data": f"{data.source}: {len(data.train_images):,} training images, {len(data.test_images):,} for evaluation",
-        "device": device.describe(where),
+        "device": devices.describe(device),
         "threads": torch.get_num_threads(),
         "processes": processes.size,
         "precision": config.precision,
-        "compiled": config.compile == "on" and device.can_compile(where),
+        "compiled": config.compile == "on" and devices.can_compile(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}",
     }
@@ -62,7 +62,7 @@ def print_header(facts: dict[str, Any], identity: dict[str, Any], config: Config
     if done == config.epochs:
         print("          nothing to train, evaluating the last epoch")
         return
-    if config.init_from:
+    if config.init_from and not saved:
         print(f"          from the weights of {printable(config.init_from)}")
     same = "leave out --fresh to resume" if config.fresh else "the same command resumes"
     print(f"          Ctrl-C stops; {same} after the last finished epoch")

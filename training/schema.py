@@ -61,7 +61,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "format": lambda v: is_number(v, 1, FORMAT),
     "variant": is_text,
     "network": is_settings,  # the builder's arguments
-    "recipe": is_settings,  # Config.identity()
+    "recipe": is_settings,  # Config.recipe()
     "seed": is_number,
     "data": is_text,  # fingerprint
     "classes": lambda v: is_list(v, is_text, 2) and len(set(v)) == len(v),

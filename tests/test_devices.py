@@ -9,14 +9,14 @@ import pytest
 import torch
 from helpers import CPU
 
-from training import device
+from training import devices
 from training.config import Config, RunError
 
 MPS = torch.device("mps")
 
 
-def resolve(where=CPU, images=50_000, **settings):
-    return device.resolve_auto(Config(**settings), where, images)
+def resolve(device=CPU, images=50_000, **settings):
+    return devices.resolve_auto(Config(**settings), device, images)
 
 
 def give(monkeypatch, *, cuda=False, mps=False, torchrun=False, works=True):
@@ -49,45 +49,45 @@ def give(monkeypatch, *, cuda=False, mps=False, torchrun=False, works=True):
 )
 def test_auto_takes_the_fastest_device_that_works(monkeypatch, here, requested, chosen):
     give(monkeypatch, **here)
-    assert device.choose(requested) == torch.device(chosen)
+    assert devices.choose(requested) == torch.device(chosen)
 
 
 def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     give(monkeypatch, cuda=True, torchrun=True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert device.choose("auto") == torch.device("cuda:3")
+    assert devices.choose("auto") == torch.device("cuda:3")
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(RunError, match="more processes than there are GPUs"):
-        device.choose("auto")
+        devices.choose("auto")
 
 
 @pytest.mark.parametrize(("mps", "chosen"), [(True, "mps"), (False, "cpu")])
 def test_a_gpu_whose_first_kernel_dies_is_left_out_with_one_line(monkeypatch, capsys, mps, chosen):
     give(monkeypatch, cuda=True, mps=mps, works=False)
-    assert device.choose("auto") == torch.device(chosen)
+    assert devices.choose("auto") == torch.device(chosen)
     printed = "".join(capsys.readouterr())
     assert re.fullmatch(r"notice: cuda:0 is not used.*no kernel image is available for execution.*\n", printed)
     with pytest.raises(RunError, match=r"--device cuda: not available here.*cpu"):
-        device.choose("cuda")
+        devices.choose("cuda")
 
 
 def test_choosing_changes_nothing_and_setting_up_sets_the_threads():
-    device.choose("cpu")
+    devices.choose("cpu")
     assert torch.get_num_threads() == 1
-    device.set_up(CPU, 2)
+    devices.set_up(CPU, 2)
     assert torch.get_num_threads() == 2
 
 
 def test_images_come_channels_last_but_on_mps_and_old_gpus(monkeypatch):
-    assert device.memory_format(MPS) == torch.contiguous_format
-    assert device.memory_format(CPU) == torch.channels_last
+    assert devices.memory_format(MPS) == torch.contiguous_format
+    assert devices.memory_format(CPU) == torch.channels_last
     for capability, expected in (((7, 5), torch.contiguous_format), ((8, 0), torch.channels_last)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where, it=capability: it)
-        assert device.memory_format(torch.device("cuda")) == expected
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        assert devices.memory_format(torch.device("cuda")) == expected
 
 
 def test_on_mps_training_is_in_float32_and_not_compiled(monkeypatch):
-    monkeypatch.setattr(device, "can_compile", lambda where: pytest.fail("there is nothing to compile"))
+    monkeypatch.setattr(devices, "can_compile", lambda device: pytest.fail("there is nothing to compile"))
     resolved = resolve(MPS, epochs=100)
     assert (resolved.precision, resolved.compile) == ("fp32", "off")
 
@@ -99,38 +99,38 @@ def test_bfloat16_is_chosen_on_a_cpu_by_what_the_processor_has(present, precisio
 
 
 def test_compilation_is_chosen_by_the_length_of_the_whole_run_where_it_works(monkeypatch):
-    monkeypatch.setattr(device, "can_compile", lambda where: True)
+    monkeypatch.setattr(devices, "can_compile", lambda device: True)
     assert (resolve(epochs=10).compile, resolve(epochs=1, images=1000).compile) == ("on", "off")
     assert (resolve(epochs=10, compile="off").compile, resolve(epochs=1, images=9, compile="on").compile) == (
         "off",
         "on",
     )
-    monkeypatch.setattr(device, "can_compile", lambda where: False)
+    monkeypatch.setattr(devices, "can_compile", lambda device: False)
     assert resolve(epochs=10).compile == "off"
 
 
 def test_the_compiler_options_suit_the_device(monkeypatch):
     options = {}
     for kind in ("cpu", "cuda", "mps"):
-        assert callable(device.compiled(torch.relu, torch.device(kind)))  # PyTorch knows all of them
+        assert callable(devices.compiled(torch.relu, torch.device(kind)))  # PyTorch knows all of them
     monkeypatch.setattr(torch, "compile", lambda function, **settings: options.update(settings["options"]))
-    device.compiled(torch.relu, torch.device("mps"))
+    devices.compiled(torch.relu, torch.device("mps"))
     assert options["layout_optimization"] is False
     for processes in (1, 2):
-        device.compiled(torch.relu, torch.device("cuda"), processes=processes)
+        devices.compiled(torch.relu, torch.device("cuda"), processes=processes)
         assert options["triton.cudagraphs"] == (processes == 1)
     assert options["deterministic"]
 
 
 def test_compiled_code_has_a_folder_of_its_own_unless_the_user_chose_one(monkeypatch):
     pytorchs = os.path.join(tempfile.gettempdir(), "torchinductor_somebody")  # which importing PyTorch's parts can set
-    for chosen, expected in (("", device.own_cache()), (pytorchs, device.own_cache()), ("/mine", Path("/mine"))):
+    for chosen, expected in (("", devices.own_cache()), (pytorchs, devices.own_cache()), ("/mine", Path("/mine"))):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
-        assert device.cache_folder() == expected
+        assert devices.cache_folder() == expected
 
 
 def test_after_a_death_while_compiling_neither_code_nor_precompiled_headers_stay(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "own_cache", lambda: tmp_path / "compiled")
+    monkeypatch.setattr(devices, "own_cache", lambda: tmp_path / "compiled")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # put back afterwards
@@ -138,13 +138,13 @@ def test_after_a_death_while_compiling_neither_code_nor_precompiled_headers_stay
     precompiled, code = header.with_name("a.h.gch"), tmp_path / "compiled" / "code.so"
     header.parent.mkdir(parents=True)
     for died in (False, True):
-        with device.compile_cache():
+        with devices.compile_cache():
             code.touch()
         header.touch()
         precompiled.touch()
         if died:
             (tmp_path / "compiled" / "unfinished").touch()
-        with device.compile_cache():
+        with devices.compile_cache():
             pass
         assert header.exists()
         assert precompiled.exists() == code.exists() == (not died)
@@ -155,7 +155,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
         raise RuntimeError("No C++ compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", fail)
-    device.can_compile.cache_clear()
-    assert not device.can_compile(CPU)
-    device.can_compile.cache_clear()
+    devices.can_compile.cache_clear()
+    assert not devices.can_compile(CPU)
+    devices.can_compile.cache_clear()
     assert capsys.readouterr().out.count("\n") == 1

@@ -288,11 +288,11 @@ def make_loss(state: State, data: Data, config: Config, processes: int = 1) -> L
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
     if config.compile == "on" and devices.can_compile(device):
-        print("compiling the network: a minute or two the first time, seconds after that", flush=True)
+        print("compiling the network: one to three minutes the first time, seconds after that", flush=True)
         drawn = draw_epoch(len(data.train_images), config, 1, device)
         batch = augment(data, drawn, slice(config.batch_size // processes), config)
         with devices.compile_cache():
-            loss_of = devices.compiled(loss_of, device, processes=processes)
+            loss_of = devices.compiled(loss_of, device)
             compile_ahead(state.raw, loss_of, batch)
     return loss_of
 

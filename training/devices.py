@@ -140,11 +140,11 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
-def compiled(function: Callable, device: torch.device, *, processes: int = 1) -> Callable:
+def compiled(function: Callable, device: torch.device) -> Callable:
     """Return torch.compile of a training step's loss, with the compiler options that suit the device."""
     options = {
         "cpu": {},
-        "cuda": {"deterministic": True, "triton.cudagraphs": processes == 1},  # a step is bound by kernel launches
+        "cuda": {"deterministic": True, "triton.cudagraphs": True},  # a step is bound by kernel launches
         "mps": {"layout_optimization": False},  # channels last is several times slower there
     }
     fast = torch.compile(function, dynamic=False, options=options[device.type])

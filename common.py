@@ -36,7 +36,6 @@ from training.processes import Processes, join_processes
 from training.report import Row
 from training.summary import print_summary
 
-HEADLINE = "averaged"  # the weights that results are quoted for: chosen on held-out images, never on the test set
 ALONE = Processes()
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels as augment returns them
@@ -82,7 +81,7 @@ def run(
     unfinished = len(rows) < config.epochs
     if unfinished:
         train(state, data, config, identity | {"environment": report.environment(facts)}, rows, folder, processes)
-    results = {"headline": HEADLINE, "seconds": round(sum(row["seconds"] for row in rows), 1)}
+    results = {"headline": "averaged", "seconds": round(sum(row["seconds"] for row in rows), 1)}
     results |= evaluate(state, data, config, processes)
     if processes.rank == 0:
         report.write_metrics(folder, rows)  # from the checkpoint, whatever became of the file
@@ -104,7 +103,7 @@ def resolve_settings(config: Config, data: Data, saved: dict[str, Any] | None, p
         )
     for key in ("precision", "compile"):
         if saved and getattr(config, key) == "auto":
-            with checkpoint.usable(config.output_dir / "checkpoint.pt"):
+            with checkpoint.errors_naming(config.output_dir / "checkpoint.pt"):
                 config = replace(config, **{key: saved["recipe"][key]})
     config = devices.resolve_auto(config, data.train_images.device, len(data.train_images))
     return replace(config, **processes.broadcast(config.recipe()))  # another process may have chosen otherwise
@@ -145,8 +144,8 @@ def new_state(
     torch.manual_seed(config.seed)
     network = build(num_classes=len(data.classes), **arguments)
     if pretrained:
-        with checkpoint.usable(config.init_from, "--init-from file"):
-            checkpoint.load_pretrained(network, pretrained, HEADLINE, data.classes)
+        with checkpoint.errors_naming(config.init_from, "--init-from file"):
+            checkpoint.load_pretrained(network, pretrained, data.classes)
     device = data.train_images.device
     network.to(device, memory_format=devices.memory_format(device))
     return State(network, copy.deepcopy(network), make_optimizers(network, config))
@@ -202,7 +201,7 @@ def train(
             start = time.perf_counter()
             loss, rate = train_epoch(state, loss_of, data, config, epoch, bar, processes)
             speed = steps * config.batch_size / (time.perf_counter() - start)
-            logits = predict(getattr(state, HEADLINE), data.test_images, data, config, processes=processes)
+            logits = predict(state.averaged, data.test_images, data, config, processes=processes)
             check_finite(state, logits, epoch, config.learning_rate)
             row = {"epoch": epoch, "learning_rate": round(rate, 6), "loss": round(loss, 4)}
             row |= {f"{split}_{name}": round(value, 4) for name, value in score(logits, data.test_labels).items()}
@@ -374,8 +373,9 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def evaluate(state: State, data: Data, config: Config, processes: Processes = ALONE) -> dict[str, Any]:
     """Evaluate raw and averaged (EMA) weights on every test image, without and (where flips make sense) with flip TTA.
 
-    Flip TTA, a test-time augmentation, adds the logits of an image and of its mirror image. Per-class
-    accuracies and the confusion matrix (rows: true classes) are those of the headline weights without it.
+    The headline weights are the averaged ones: chosen on held-out images, never on the test set. Flip TTA, a test-time
+    augmentation, adds the logits of an image and of its mirror image. Per-class accuracies and the confusion matrix
+    (rows: true classes) are those of the headline weights without it.
     """
     labels, accuracy, loss = data.test_labels.cpu(), {}, {}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
@@ -384,7 +384,7 @@ def evaluate(state: State, data: Data, config: Config, processes: Processes = AL
         if config.flip != "none":
             mirrored = predict(network, data.test_images, data, config, flip=True, processes=processes)
             accuracy[f"{weights}_tta"] = score(logits + mirrored, labels)["accuracy"]
-        if weights == HEADLINE:
+        if weights == "averaged":
             details = by_class(logits, labels, data.classes)
     split = report.split_name(config)
     return {f"{split}_accuracy": accuracy, f"{split}_loss": loss, **details}

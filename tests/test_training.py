@@ -219,7 +219,7 @@ def test_evaluation_counts_every_image_once_and_adds_the_mirrored_ones():
     assert results["test_accuracy"] == pytest.approx({name: 100 * hits / 553 for name, hits in expected.items()})
     confusion = np.array(results["confusion_matrix"])
     assert confusion.sum(1).tolist() == data.test_labels.bincount().tolist()
-    assert confusion.trace() == expected[common.HEADLINE]
+    assert confusion.trace() == expected["averaged"]
     per_class = {name: 100 * confusion[i, i] / confusion[i].sum() for i, name in enumerate(data.classes)}
     assert results["per_class_accuracy"] == pytest.approx(per_class, rel=1e-12)
     logits = common.predict(state.averaged, data.test_images, data, ONE)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import HEADLINE, by_class, predict, score
+from common import by_class, predict, score
 from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
 from training.config import RunError, printable
 from training.cpu import keep_freed_memory
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         choices=("averaged", "raw"),
-        default=HEADLINE,
+        default="averaged",
         help="averaged: the EMA; raw: after the last step (default: %(default)s)",
     )
     parser.add_argument("--flip", action="store_true", help="test-time augmentation: average with the mirror image")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from common import HEADLINE, score
+from common import score
 from tools import Trained, exit_in_one_line, load_images, load_network, make_folder, new_parser, optional
 from training.augmentation import random_generator
 from training.checkpoint import load, write
@@ -86,7 +86,9 @@ def plain_convolution(layer: nn.Conv2d) -> nn.Conv2d:
 def write_weights(trained: Trained, file: Path) -> None:
     """Write the EMA of weights and BN statistics as float16, with the settings, classes, mean and std of the run."""
     saved = trained.saved
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in saved[HEADLINE].items()}
+    halves = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in saved["averaged"].items()
+    }
     for name, tensor in halves.items():
         if not tensor.isfinite().all():
             raise RunError(f"{printable(trained.path)}: {name} has values beyond the range of half precision")

@@ -21,7 +21,7 @@ from torch import Tensor
 from common import predict
 from tools import exit_in_one_line, load_images, load_network, make_folder, new_parser, optional
 from training.augmentation import augment, draw_epoch
-from training.checkpoint import usable
+from training.checkpoint import errors_naming
 from training.config import Config, RunError, printable
 from training.data import Data
 from training.files import atomic_write
@@ -55,7 +55,7 @@ def draw_curves(runs: list[Path], file: Path, plt: Any) -> None:
 def read_metrics(run: Path) -> dict[str, Any]:
     """Read the columns of metrics.csv: epoch, loss, accuracy, cross-entropy (which old runs lack), and "held out"."""
     file = run / "metrics.csv"
-    with usable(file, "table"):
+    with errors_naming(file, "table"):
         rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
         split = "holdout" if rows and "holdout_accuracy" in rows[0] else "test"
         columns = {"epoch": "epoch", "loss": "loss", "accuracy": f"{split}_accuracy"}
@@ -147,7 +147,7 @@ def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterat
     file = run / "summary.json"
     if not file.exists():
         raise RunError(f"{printable(file)}: not there; the other pictures are drawn when a run has finished")
-    with usable(file, "summary"):
+    with errors_naming(file, "summary"):
         summary = json.loads(file.read_text())
         classes, matrix = list(map(printable, summary["per_class_accuracy"])), summary.get("confusion_matrix")
         counts = torch.tensor(matrix or []).double().view(2 * [len(classes) if matrix else 0])

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import HEADLINE, predict
+from common import predict
 from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import enhanced_mobilenetv4
 from training import devices
-from training.checkpoint import load, usable
+from training.checkpoint import errors_naming, load
 from training.config import Config, RunError, printable
 from training.data import Data, load_data
 from training.pictures import SHAPES, read_classes
@@ -41,7 +41,7 @@ class Trained:
     device: torch.device
 
 
-def load_network(path: Path, *, weights: str = HEADLINE, on: str = "cpu") -> Trained:
+def load_network(path: Path, *, weights: str = "averaged", on: str = "cpu") -> Trained:
     """Load the network of a checkpoint of either script, or of `tools.export`.
 
     Args:
@@ -55,7 +55,7 @@ def load_network(path: Path, *, weights: str = HEADLINE, on: str = "cpu") -> Tra
     device = devices.choose(on)
     devices.set_up(device)
     saved = load(path)
-    with usable(path):
+    with errors_naming(path):
         network, config = build_network(saved, weights), run_settings(saved)
     if devices.fastest_precision(device) == "fp32":
         config = replace(config, precision="fp32")
@@ -129,7 +129,7 @@ def with_source(trained: Trained, data_dir: Path | None) -> Config:
     if data_dir:
         return replace(trained.config, data_dir=data_dir)
     summary = trained.path.with_name("summary.json")
-    with usable(summary, "summary"):
+    with errors_naming(summary, "summary"):
         then = json.loads(summary.read_text())["configuration"] if os.path.isfile(summary) else {}
         if then.get("synthetic", trained.saved["classes"] == list(SHAPES)):
             return replace(trained.config, synthetic=True)

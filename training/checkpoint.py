@@ -38,7 +38,7 @@ class State:
 
 
 @contextlib.contextmanager
-def usable(path: Path, kind: str = "checkpoint") -> Iterator[None]:
+def errors_naming(path: Path, kind: str = "checkpoint") -> Iterator[None]:
     """Turn whatever reading a damaged or foreign file raises into one line that names it."""
     try:
         yield
@@ -57,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not os.path.isfile(path):
         raise RunError(f"{path}: not a file")
-    with usable(path):
+    with errors_naming(path):
         if (size := path.stat().st_size) > LARGEST:
             raise ValueError(f"{size:,} bytes, more than a checkpoint has")
         content = path.read_bytes()
@@ -101,15 +101,15 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
         raise CheckpointError(f"{path} is of another run: {'; '.join(changed)}; {START_OVER}")
 
 
-def load_pretrained(network: nn.Module, saved: dict[str, Any], weights: str, classes: list[str]) -> None:
-    """Start from the weights of another run; where its classes differ, from all but the classifier's."""
+def load_pretrained(network: nn.Module, saved: dict[str, Any], classes: list[str]) -> None:
+    """Start from the averaged weights of another run; where its classes differ, from all but the classifier's."""
     own = {name: value for name, value in network.state_dict().items() if name.startswith("classifier.")}
-    network.load_state_dict(saved[weights] | (own if saved["classes"] != classes else {}))
+    network.load_state_dict(saved["averaged"] | (own if saved["classes"] != classes else {}))
 
 
 def restore(path: Path, saved: dict[str, Any], state: State) -> None:
     """Put weights and optimizer states back; other names, shapes or values than the network needs are refused."""
-    with usable(path):
+    with errors_naming(path):
         if "optimizer" not in saved or len(saved.get("metrics", [])) != saved["epoch"]:
             raise ValueError("it holds weights alone, which the tools and --init-from take")
         state.raw.load_state_dict(saved["model"])

@@ -114,12 +114,12 @@ def write_summary(
 
 def print_result(folder: RunFolder, results: dict[str, Any], config: Config) -> None:
     """Print accuracies, time and the next commands."""
-    split, headline = split_name(config), results["headline"]
+    split = split_name(config)
     print()
     for weights, value in results[f"{split}_accuracy"].items():
         name = weights.replace("_tta", "") + " weights" + " + flip TTA" * weights.endswith("_tta")
-        print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == headline)}")
-    print(f"{split} loss     {results[f'{split}_loss'][headline]:7.4f}  {headline} weights")
+        print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == 'averaged')}")
+    print(f"{split} loss     {results[f'{split}_loss']['averaged']:7.4f}  averaged weights")
     print(f"training time {duration(results['seconds'])} ({results['seconds']:,.0f} seconds); next:")
     checkpoint, run = shlex.quote(str(folder.checkpoint)), shlex.quote(str(folder.path))
     for command in (f"evaluate {checkpoint}", f"predict {checkpoint} PICTURE", f"plot {run}"):

@@ -26,8 +26,6 @@ from training.report import split_name
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BUILDERS = {"baseline": MobileNetV4, "enhanced": enhanced_mobilenetv4}
-RENAMED = {"average": "ema_horizon", "plain_end": "no_augmentation_end"}  # settings in older checkpoints
-BEFORE = {"cutmix": 0.0, "no_augmentation_end": 0.0}  # of those that lack them
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,16 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
     values = saved["model" if weights == "raw" else weights]
     if not values:
         raise ValueError(f"it holds no {weights} weights")
-    arguments = {name: value for name, value in saved["network"].items() if name != "dropout"}  # of older checkpoints
     with torch.device("meta"):
-        network = BUILDERS[saved["variant"]](len(saved["classes"]), **arguments)
+        network = BUILDERS[saved["variant"]](len(saved["classes"]), **saved["network"])
     network.load_state_dict({name: tensor.float() for name, tensor in values.items()}, assign=True)
     return network.eval()
 
 
 def run_settings(saved: dict[str, Any]) -> Config:
-    """Return the settings of the run; what an older checkpoint lacks gets its default."""
-    recipe = BEFORE | {RENAMED.get(key, key): value for key, value in saved["recipe"].items()}
+    """Return the settings of the run; what its checkpoint lacks gets its default."""
     known = Config(image_size=saved["image_size"]).recipe()
-    return Config(**{key: type(default)(recipe.get(key, default)) for key, default in known.items()})
+    return Config(**{key: type(default)(saved["recipe"].get(key, default)) for key, default in known.items()})
 
 
 def load_images(

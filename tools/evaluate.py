@@ -45,7 +45,8 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any
     results |= {"loss": loss, "calibration_error": calibration_error(logits.softmax(1), labels)}
     results["classes"] = precision_and_recall(logits.argmax(1), labels, classes)
     details = by_class(logits, labels, classes)
-    return results | {name: details[name] for name in details if name == "confusion_matrix"}
+    del details["per_class_accuracy"]  # which "classes" has as recall
+    return results | details
 
 
 def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, dict[str, Any]]:

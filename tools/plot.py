@@ -150,8 +150,8 @@ def draw_all(run: Path, folder: Path, data_dir: Path | None, plt: Any) -> Iterat
     with errors_naming(file, "summary"):
         summary = json.loads(file.read_text())
         classes, matrix = list(map(printable, summary["per_class_accuracy"])), summary.get("confusion_matrix")
-        counts = torch.tensor(matrix or []).double().view(2 * [len(classes) if matrix else 0])
-    if matrix:
+        counts = torch.tensor(matrix).double().view(len(classes), len(classes)) if matrix else None
+    if counts is not None:
         draw_confusion(classes, counts, folder / "confusion.png", plt)
         yield folder / "confusion.png"
     else:

@@ -22,10 +22,11 @@ EPOCHS = 4
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def torchrun(*flags: object, restarts: int = 0, patch: str = "", variant: str = "baseline") -> subprocess.Popen:
-    """Start the script in two processes, as README says, on a port of its own."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
-    script = [f"mobilenetv4_{variant}.py"]
+def torchrun(*flags: object, number: int, restarts: int = 0, patch: str = "") -> subprocess.Popen:
+    """Start the baseline in so many processes, as README says, on a port of its own."""
+    launcher = ("-m", "torch.distributed.run", "--standalone")
+    launcher += (f"--nproc-per-node={number}", f"--max-restarts={restarts}")
+    script = ["mobilenetv4_baseline.py"]
     if patch:
         runner = "import runpy, sys; sys.argv.pop(0); sys.path.insert(0, '')"
         script = [sys.executable, "-c", f"{runner}\n{patch}\nrunpy.run_path(sys.argv[0], run_name='__main__')", *script]
@@ -78,21 +79,25 @@ common.evaluate = look
 
 
 @LINUX
-def test_two_processes_hold_equal_weights_and_killed_ones_end_and_resume_as_if_nothing_had_been(folders, tmp_path):
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.slow)])  # sums of three depend on their order
+def test_processes_hold_equal_weights_and_killed_ones_end_and_resume_as_if_nothing_had_been(number, folders, tmp_path):
+    def job(output, **options):
+        return torchrun(*flags(folders, output, EPOCHS), "--batch-size", 30, number=number, **options)
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = finish(torchrun(*flags(folders, whole, EPOCHS), patch=DIGESTS))
+    output = finish(job(whole, patch=DIGESTS))
     assert output.count(f"0 of {EPOCHS} epochs done") == 1  # one of them prints
-    assert "2 x 1 threads" in output
-    assert (whole / "digest-0").read_text() == (whole / "digest-1").read_text()
+    assert f"{number} x 1 threads" in output
+    assert len({(whole / f"digest-{rank}").read_text() for rank in range(number)}) == 1
     names = {path.name for path in whole.iterdir() if not path.name.startswith("digest")}
     assert names == {".lock", "checkpoint.pt", "checkpoint.previous.pt", "metrics.csv", "summary.json"}
     assert sum(map(sum, json.loads((whole / "summary.json").read_text())["confusion_matrix"])) == 7
 
     # torchrun itself is killed: its workers end
-    process = torchrun(*flags(folders, killed, EPOCHS))
+    process = job(killed)
     wait_for(killed / "metrics.csv", process)
     workers = workers_of(process)
-    assert len(workers) == 2 and all(map(is_alive, workers))
+    assert len(workers) == number and all(map(is_alive, workers))
     process.kill()
     deadline = time.monotonic() + 2
     while any(map(is_alive, workers)):
@@ -103,7 +108,7 @@ def test_two_processes_hold_equal_weights_and_killed_ones_end_and_resume_as_if_n
     # a worker is killed: the job ends with an error, or is restarted and resumes
     for restarts in (0, 1):
         (killed / "metrics.csv").unlink()  # written anew after each epoch
-        process = torchrun(*flags(folders, killed, EPOCHS), restarts=restarts)
+        process = job(killed, restarts=restarts)
         wait_for(killed / "metrics.csv", process)
         os.kill(workers_of(process)[1], signal.SIGKILL)
         output, errors = process.communicate(timeout=100)
@@ -118,7 +123,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     for name in ("one", "two"):
         output = tmp_path / name
         learning = ("--synthetic", "--image-size", 16, "--epochs", 6, "--batch-size", 64, "--output-dir", output)
-        finish(torchrun(*learning) if name == "two" else start("baseline", *learning))
+        finish(torchrun(*learning, number=2) if name == "two" else start("baseline", *learning))
         accuracies.append(json.loads((output / "summary.json").read_text())["test_accuracy"]["averaged"])
     assert min(accuracies) > 80
     assert accuracies[0] == pytest.approx(accuracies[1], abs=6)  # of 400 images: three standard errors

@@ -153,13 +153,14 @@ class DepthwiseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (x, weight), stride, side = ctx.saved_tensors, ctx.stride, ctx.saved_tensors[1].shape[-1]
-        (number, channels, height, width), weights, padding = x.shape, weight.to(x.dtype), side // 2
+        x, weight = ctx.saved_tensors
+        number, channels, height, width = x.shape
+        stride, side, weights = ctx.stride, weight.shape[-1], weight.to(x.dtype)
+        padding = side // 2
 
         def native(*wanted: bool) -> tuple[Tensor, Tensor, None]:
-            strides, paddings = [stride, stride], [padding, padding]
             return torch.ops.aten.convolution_backward(
-                gradient, x, weights, None, strides, paddings, [1, 1], False, [0, 0], channels, wanted
+                gradient, x, weights, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], channels, wanted
             )
 
         if gradient.dtype == torch.bfloat16:

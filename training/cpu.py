@@ -140,7 +140,7 @@ class SiLU(nn.SiLU):
 class DepthwiseFunction(torch.autograd.Function):
     """A depthwise convolution, to be compiled for a CPU, whose gradients avoid oneDNN's slow ones.
 
-    In bfloat16 the gradient of the input is a convolution by the mirrored kernel, for stride 2 of the gradient with
+    In bfloat16 the gradient of the input is a convolution by the flipped kernel, for stride 2 of the gradient with
     zeros between; oneDNN's own takes up to 100 times as long. The gradient of a 5x5 kernel is slow in float32 too, and
     here 25 sums of products, one for each place of the kernel over the padded input.
     """

@@ -228,7 +228,8 @@ def initialize(network: nn.Module) -> None:
             fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups
             nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=math.sqrt(2 / module.out_features) if module.bias is None else 0.01)
+            classifier = module is network.classifier
+            nn.init.normal_(module.weight, std=0.01 if classifier else math.sqrt(2 / module.out_features))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for module in network.modules():

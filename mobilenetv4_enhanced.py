@@ -8,6 +8,7 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -22,18 +23,17 @@ from mobilenetv4_baseline import (
 )
 from training.cpu import SiLU
 
-REDUCTION = 4  # expanded width / squeezed width, as in MobileNetV3
-
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507).
 
     torchvision.ops.SqueezeExcitation with matrix products in place of its convolutions of a 1 x 1 map, which are slow
-    on a CPU; a test checks that the two are equal.
+    on a CPU, and SiLU, as in EfficientNet, in place of ReLU, of which most would die early (results/tuning); a test
+    checks that the two are equal.
 
     Args:
         channels: Channels of the input and the output.
-        squeezed: Channels between the two layers, after which stand a ReLU and a sigmoid.
+        squeezed: Channels between the two layers, after which stand a SiLU and a sigmoid.
     """
 
     def __init__(self, channels: int, squeezed: int) -> None:
@@ -43,7 +43,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = x.mean((2, 3))  # (N, C)
-        gate = self.squeeze(gate).relu()
+        gate = F.silu(self.squeeze(gate))
         gate = self.excite(gate).sigmoid()
         return x * gate[:, :, None, None]
 
@@ -52,20 +52,19 @@ class EnhancedBottleneck(UniversalInvertedBottleneck):
     """The baseline's block with two of the ideas in its forward; the third, SiLU, is its activation.
 
     Args:
-        squeeze_excitation: Whether blocks with a middle depthwise convolution get squeeze-and-excitation
-            after its activation.
+        squeeze_excitation: Width of squeeze-and-excitation, which stands after the activation of a middle depthwise
+            convolution, as a fraction of the expanded width; 0 for none.
         stochastic_depth: Probability of dropping the residual branch of one image (Huang et al., arXiv 1603.09382);
             kept branches are scaled up so that the mean stays.
         others: As in UniversalInvertedBottleneck.
     """
 
-    def __init__(self, *args: Any, squeeze_excitation: bool, stochastic_depth: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, squeeze_excitation: float, stochastic_depth: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         expanded = self.expand[0].out_channels
-        squeeze = squeeze_excitation and kwargs["middle"] > 0
-        self.squeeze_excite = (
-            SqueezeExcitation(expanded, make_divisible(expanded / REDUCTION)) if squeeze else nn.Identity()
-        )
+        squeezed = make_divisible(expanded * squeeze_excitation)
+        squeeze = squeeze_excitation > 0 and kwargs["middle"] > 0
+        self.squeeze_excite = SqueezeExcitation(expanded, squeezed) if squeeze else nn.Identity()
         self.stochastic_depth = StochasticDepth(stochastic_depth, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,12 +79,12 @@ class EnhancedBottleneck(UniversalInvertedBottleneck):
 def enhanced_mobilenetv4(
     num_classes: int = 10,
     *,
-    squeeze_excitation: bool = True,
+    squeeze_excitation: float = 0.25,
     stochastic_depth: float = 0.1,
     activation: Activation = SiLU,
     **network: Any,
 ) -> MobileNetV4:
-    """Build the enhanced network; each idea can be switched off alone (False, 0.0, ReLU6).
+    """Build the enhanced network; each idea can be switched off alone (0, 0, ReLU6).
 
     Args:
         num_classes: Outputs of the classifier.
@@ -105,5 +104,5 @@ def enhanced_mobilenetv4(
 
 
 if __name__ == "__main__":
-    ideas = dict(squeeze_excitation=True, stochastic_depth=0.1)
+    ideas = dict(squeeze_excitation=0.25, stochastic_depth=0.1)
     common.main("enhanced", enhanced_mobilenetv4, lambda config: network_arguments(config) | ideas)

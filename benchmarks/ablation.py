@@ -35,14 +35,14 @@ from training.report import split_name
 
 IDEAS = {
     # name                         squeeze_excitation, stochastic_depth, silu
-    "baseline":                    (False, 0.0, False),
-    "squeeze-excitation":          (True,  0.0, False),
-    "stochastic-depth":            (False, 0.1, False),
-    "silu":                        (False, 0.0, True),
-    "all":                         (True,  0.1, True),
-    "all-but-squeeze-excitation":  (False, 0.1, True),
-    "all-but-stochastic-depth":    (True,  0.0, True),
-    "all-but-silu":                (True,  0.1, False),
+    "baseline":                    (0.0,  0.0, False),
+    "squeeze-excitation":          (0.25, 0.0, False),
+    "stochastic-depth":            (0.0,  0.1, False),
+    "silu":                        (0.0,  0.0, True),
+    "all":                         (0.25, 0.1, True),
+    "all-but-squeeze-excitation":  (0.0,  0.1, True),
+    "all-but-stochastic-depth":    (0.25, 0.0, True),
+    "all-but-silu":                (0.25, 0.1, False),
 }  # fmt: skip
 
 

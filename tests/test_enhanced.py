@@ -25,13 +25,13 @@ from mobilenetv4_baseline import MobileNetV4
 from mobilenetv4_enhanced import EnhancedBottleneck, SqueezeExcitation, enhanced_mobilenetv4
 from training.cpu import ReLU6, SiLU
 
-OFF = {"squeeze_excitation": False, "stochastic_depth": 0.0, "activation": ReLU6}  # each idea, switched off
+OFF = {"squeeze_excitation": 0.0, "stochastic_depth": 0.0, "activation": ReLU6}  # each idea, switched off
 plain = partial(enhanced_mobilenetv4, **OFF)
 
 
 def enhanced_block(start: int, middle: int, out: int = 16, stride: int = 1, rate: float = 0.0) -> EnhancedBottleneck:
     """Build a block with every idea, in evaluation mode."""
-    ideas = {"squeeze_excitation": True, "stochastic_depth": rate, "activation": SiLU}
+    ideas = {"squeeze_excitation": 0.25, "stochastic_depth": rate, "activation": SiLU}
     return randomise(make_block(start, middle, out, stride, EnhancedBottleneck, **ideas)).eval()
 
 
@@ -115,7 +115,7 @@ def test_training_overfits_random_images():
 
 
 def torchvision_copy(ours: SqueezeExcitation) -> TorchvisionSqueezeExcitation:
-    theirs = TorchvisionSqueezeExcitation(ours.squeeze.in_features, ours.squeeze.out_features)
+    theirs = TorchvisionSqueezeExcitation(ours.squeeze.in_features, ours.squeeze.out_features, nn.SiLU)
     shapes = {name: value.shape for name, value in theirs.state_dict().items()}
     weights = zip(shapes.items(), ours.state_dict().values(), strict=True)
     theirs.load_state_dict({name: value.reshape(shape) for (name, shape), value in weights})
@@ -133,6 +133,14 @@ def test_squeeze_excitation_equals_torchvisions_in_values_and_gradients():
         results.append([y, x.grad, *(parameter.grad.flatten() for parameter in layer.parameters())])
     assert all(value.any() for value in results[0])
     torch.testing.assert_close(*results)
+
+
+def test_squeeze_excitation_begins_at_the_scale_of_other_layers_and_not_of_the_classifier():
+    gates = [module for module in enhanced_mobilenetv4().modules() if isinstance(module, SqueezeExcitation)]
+    assert len(gates) == 11
+    for layer in (layer for gate in gates for layer in gate.children()):
+        assert layer.weight.std().item() == pytest.approx((2 / layer.out_features) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
 
 
 @torch.no_grad()

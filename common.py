@@ -6,14 +6,15 @@ builder's arguments as plain values:
     common.main("baseline", MobileNetV4, lambda config: dict(width=1.15, strides=(1, 1, 2, 2, 2)))
 
 Read it in this order: run, train, train_epoch, predict, evaluate; main is the program. The loop's parts are in
-training/. Everything random is a function of (seed, epoch), and of the process, and the learning rate is a function of
-the step, so a run that was interrupted resumes as if nothing had happened.
+training/. Randomness depends on (seed, epoch, rank) alone and the learning rate on the step alone, so that an
+interrupted run resumes as if nothing had happened.
 """
 
 import contextlib
 import copy
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,19 +55,19 @@ def run(
     devices.set_up(device, config.threads)
     processes = join_processes(device)
 
-    # What there is to resume, or to start from
+    # The checkpoint to resume from, or pretrained weights
     saved = checkpoint.load_run(folder.checkpoint) if processes.rank == 0 and not config.fresh else None
     saved = processes.broadcast(saved)
     pretrained = None
-    if config.init_from and not (saved and saved["init_from"]):  # resuming needs that file no more
+    if config.init_from and not (saved and saved["init_from"]):  # not needed to resume
         pretrained = checkpoint.load(config.init_from)
 
     # Data, and the settings that depend on them
     data = load_data(config, device)
     config = resolve_settings(config, data, saved, processes)
     identity = run_identity(name, arguments, data, config, saved, pretrained)
-    if processes.broadcast(identity) != identity:
-        raise RunError(f"process {processes.rank} has other settings or data than process 0")
+    if changed := checkpoint.differences(processes.broadcast(identity), identity):
+        raise RunError(f"process {processes.rank} is not like process 0: {'; '.join(changed)}")
 
     # Network and optimizers
     state = new_state(build, arguments, data, config, pretrained)
@@ -84,7 +85,7 @@ def run(
     results = {"headline": "averaged", "seconds": round(sum(row["seconds"] for row in rows), 1)}
     results |= evaluate(state, data, config, processes)
     if processes.rank == 0:
-        report.write_metrics(folder, rows)  # from the checkpoint, whatever became of the file
+        report.write_metrics(folder, rows)  # again, from the checkpoint
         if unfinished or not folder.summary.exists():  # a finished run keeps that of its training
             report.write_summary(folder, results, facts, identity, config)
         report.print_result(folder, results, config)
@@ -117,7 +118,7 @@ def run_identity(
     saved: dict[str, Any] | None,
     pretrained: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return what makes this run this run, as plain values: it is saved, and compared when the run resumes."""
+    """Return the settings and data that identify the run, as plain values: saved, and compared when it resumes."""
     start = saved["init_from"] if saved else None
     return {
         "variant": name,
@@ -185,8 +186,9 @@ def train(
     begun = time.perf_counter()
     writes = processes.rank == 0
     if writes and not rows:
-        for old in (folder.summary, folder.metrics, checkpoint.previous_of(folder.checkpoint), folder.checkpoint):
-            old.unlink(missing_ok=True)  # with --fresh; the checkpoint last: what dies in between still has its run
+        previous = checkpoint.previous_of(folder.checkpoint)
+        for old in (folder.summary, folder.metrics, previous, folder.checkpoint, folder.fresh):
+            old.unlink(missing_ok=True)  # with --fresh; the checkpoint late: an interruption leaves a usable run
     loss_of = make_loss(state, data, config, processes.size)
     split, steps = report.split_name(config), len(data.train_images) // config.batch_size
     report.print_columns(split)
@@ -211,7 +213,10 @@ def train(
             if writes:
                 folder.check_lock()
                 checkpoint.save(folder.checkpoint, state, epoch, identity, rows)
-                report.write_metrics(folder, rows)
+                try:
+                    report.write_metrics(folder, rows)
+                except RunError as error:  # the checkpoint has its rows; on Windows a spreadsheet may hold it open
+                    print(f"notice: {error}", file=sys.stderr)
             with tqdm.external_write_mode():
                 report.print_row(rows[-1], split, left)
 
@@ -248,7 +253,8 @@ def train_epoch(
                 group["lr"] = optimizer.defaults["lr"] * fraction
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(averaged, raw, max(1 / max(1.0, config.ema_horizon * total), 10 / (10 + done)))
+        ema_step = max(1 / max(1.0, config.ema_horizon * total), 10 / (10 + done))  # long at first: forget the start
+        torch._foreach_lerp_(averaged, raw, ema_step)
         losses[step] = loss.detach()
         bar.update()
         if step == steps - 1 or step % 100 == 99:  # reading a loss waits for the device
@@ -279,7 +285,7 @@ def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Te
 
 
 def make_loss(state: State, data: Data, config: Config, processes: int = 1) -> Loss:
-    """Return the loss to train with, of batches that so many processes share, compiled if the configuration says so."""
+    """Return the loss to train with, compiled if the configuration says so; `processes` share each batch."""
     device = data.train_images.device
     forward = make_forward(state.raw, data, config)
 
@@ -332,9 +338,9 @@ def check_finite(state: State, logits: Tensor, epoch: int, rate: float) -> None:
             f"{name} of the {weights} weights" for name, t in network.state_dict().items() if t.is_floating_point()
         ]
         tensors += floating_tensors(network)
-    largest = torch.stack(torch._foreach_norm(tensors, torch.inf))  # one read of the device for all
-    for name, finite in zip(names, largest.isfinite().tolist(), strict=True):
-        if not finite:
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # one read of the device for all
+    for name, good in zip(names, finite, strict=True):
+        if not good:
             raise RunError(
                 f"{name} is not finite after epoch {epoch}, with a learning rate of up to {rate:.3g}; this epoch was "
                 "not saved; a lower --learning-rate may help"
@@ -373,7 +379,7 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def evaluate(state: State, data: Data, config: Config, processes: Processes = ALONE) -> dict[str, Any]:
     """Evaluate raw and averaged (EMA) weights on every test image, without and (where flips make sense) with flip TTA.
 
-    The headline weights are the averaged ones: chosen on held-out images, never on the test set. Flip TTA, a test-time
+    The headline is that of the averaged weights; this choice was made on held-out images. Flip TTA, a test-time
     augmentation, adds the logits of an image and of its mirror image. Per-class accuracies and the confusion matrix
     (rows: true classes) are those of the headline weights without it.
     """
@@ -426,8 +432,6 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
         arguments: Returns plain values, which are kept in the checkpoint, for a configuration.
     """
     config = parse_command_line(name)
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's restart resumes what the first began
-        config = replace(config, fresh=False)
     stop_on_interrupt()
     with errors_in_one_line():
         if config.summary:
@@ -436,4 +440,8 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
         writes = not torch.distributed.is_torchelastic_launched() or os.environ["RANK"] == "0"
         place = open_run_folder(config.output_dir) if writes else contextlib.nullcontext(RunFolder(config.output_dir))
         with place as folder:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's, of what may have begun
+                config = replace(config, fresh=config.fresh and folder.fresh.exists())
+            elif writes and config.fresh:
+                folder.fresh.touch()
             run(name, build, arguments(config), config, folder)

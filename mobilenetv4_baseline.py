@@ -179,7 +179,7 @@ class MobileNetV4(nn.Module):
                 f"got {num_classes}, {width}, {tuple(strides)}"
             )
         channels = 3
-        stride = dict(enumerate(strides))  # a stage's first row takes its stride away
+        stride = dict(enumerate(strides))  # taken by the stage's first row; the others have 1
         stages: list[list[nn.Module]] = [[], [], [], [], []]
         for stage, kernel, out in CONVOLUTIONS:
             out = make_divisible(out * width)
@@ -222,7 +222,7 @@ class MobileNetV4(nn.Module):
 
 def initialize(network: nn.Module) -> None:
     """Set every weight: He et al. (arXiv 1502.01852) with the fan-out of one group, which keeps depthwise outputs at
-    unit scale (PyTorch's own fan-out forgets the groups); residual branches begin at zero (arXiv 1706.02677)."""
+    unit scale (PyTorch's own fan-out ignores the groups), and the last BN of residual branches 0 (arXiv 1706.02677)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups

@@ -28,8 +28,8 @@ class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from all channels' means (Hu et al., arXiv 1709.01507).
 
     torchvision.ops.SqueezeExcitation with matrix products in place of its convolutions of a 1 x 1 map, which are slow
-    on a CPU, and SiLU, as in EfficientNet, in place of ReLU, of which most would die early (results/tuning); a test
-    checks that the two are equal.
+    on a CPU (a test checks that they are equal), and SiLU, as in EfficientNet, in place of ReLU, of whose units most
+    died in training (results/tuning).
 
     Args:
         channels: Channels of the input and the output.

@@ -57,7 +57,7 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert devices.choose("auto") == torch.device("cuda:3")
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(RunError, match="more processes than there are GPUs"):
+    with pytest.raises(RunError, match="more processes than GPUs; torchrun --nproc-per-node=4"):
         devices.choose("auto")
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from helpers import flags, run_tiny
@@ -39,6 +40,25 @@ def test_a_full_disk_is_told_with_path_and_cause_and_leaves_the_old_file_whole(t
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize(("system", "failures", "written"), [("nt", 3, True), ("nt", 9, False), ("posix", 1, False)])
+def test_only_on_windows_a_file_that_is_open_elsewhere_is_waited_for(tmp_path, monkeypatch, system, failures, written):
+    calls, slept, replace = [], [], os.replace
+
+    def busy(*paths):
+        calls.append(paths)
+        if len(calls) <= failures:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        replace(*paths)
+
+    monkeypatch.setattr("training.files.os", SimpleNamespace(**vars(os) | {"name": system, "replace": busy}))
+    monkeypatch.setattr("time.sleep", slept.append)
+    expected = contextlib.nullcontext() if written else pytest.raises(RunError, match="Access is denied")
+    with expected, atomic_write(tmp_path / "a") as file:
+        file.write(b"new")
+    assert os.listdir(tmp_path) == ["a"] * written
+    assert len(slept) == (0 if system == "posix" else min(failures, 4))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

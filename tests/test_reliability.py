@@ -423,6 +423,31 @@ def test_a_fresh_run_that_torchrun_restarts_resumes_what_it_began(half_done, pic
     assert "resuming after epoch 2" in result.stdout
 
 
+def test_a_fresh_run_that_dies_before_it_trains_is_still_fresh_when_torchrun_restarts_it(
+    half_done, pictures, monkeypatch
+):
+    command = ("baseline", *flags(pictures, half_done, EPOCHS), "--fresh")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "train", mock.Mock(side_effect=RunError("died")))
+        assert run_script_here(*command).stderr == "error: died\n"
+    assert epoch_of(half_done) == 2  # what it will replace is still there
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = run_script_here(*command)
+    assert result.returncode == 0, result.stderr
+    assert f"{half_done}, 0 of {EPOCHS} epochs done" in result.stdout
+    assert not (half_done / ".fresh").exists()
+
+
+def test_metrics_that_cannot_be_written_stop_no_training_but_are_missed_at_its_end(half_done, pictures):
+    (half_done / "metrics.csv").unlink()
+    (half_done / "metrics.csv").mkdir()
+    result = run_script_here("baseline", *flags(pictures, half_done, EPOCHS))
+    assert result.returncode == 1
+    assert result.stderr.count(f"notice: {half_done / 'metrics.csv'} cannot be written") == EPOCHS - 2
+    assert f"error: {half_done / 'metrics.csv'} cannot be written" in result.stderr
+    assert epoch_of(half_done) == EPOCHS
+
+
 # ---- Disks and places ----------------------------------------------------------------------------------------------
 
 
@@ -553,6 +578,7 @@ def test_a_rate_far_too_high_ends_in_one_line_and_nothing_is_saved(tmp_path, pic
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of"),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:120] DefaultCPUAllocator: can't allocate memory: you tried to"),
     ],
 )

@@ -175,9 +175,10 @@ def test_a_weight_a_statistic_or_a_logit_that_is_not_finite_is_caught_behind_a_f
     common.check_finite(state, torch.ones(2, 3), 1, 0.05)
     with pytest.raises(RunError, match=r"logit .* after epoch 1, with a learning rate of up to 0\.05"):
         common.check_finite(state, torch.tensor([1.0, math.nan]), 1, 0.05)
-    getattr(state, where).norm.running_var[0] = math.inf
-    with pytest.raises(RunError, match=rf"norm\.running_var of the {where} weights"):
-        common.check_finite(state, torch.ones(2, 3), 1, 0.05)
+    for value in (math.nan, math.inf, -math.inf):
+        getattr(state, where).norm.running_var[0] = value
+        with pytest.raises(RunError, match=rf"norm\.running_var of the {where} weights"):
+            common.check_finite(state, torch.ones(2, 3), 1, 0.05)
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) 
 
 def report(results: dict[str, Any]) -> str:
     """Return the measures as a text for people."""
-    whose = "the run's own" if results["own"] else "not the run's own"
+    whose = "the run's own" if results["own"] else "not the run's own, or in another order"
     flip = ", with flip TTA" * results["flip"]
     lines = [f"{results['split']}: {results['images']:,} images, {whose} ({printable(results['data'])})"]
     lines.append(f"{results['weights']} weights{flip}\n")
@@ -106,7 +106,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or a .pt file of tools.export")
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
     )

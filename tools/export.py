@@ -5,8 +5,8 @@
     python -m tools.export runs/baseline/checkpoint.pt baseline.pt     # EMA weights alone, in half precision
 
 The first two map RGB images in 0..1, float32 (N, 3, H, W) of the training size, to logits (N, classes): normalisation
-is included, BN is folded. Before writing, the float32 logits are compared with the network's; those of int8 are checked
-to be finite. Printed are size, latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs
+is included, BN is folded. Before writing, the float32 logits are compared with the network's; those of int8 have
+only to be finite. Printed are size, latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs
 `pip install onnx onnxscript onnxruntime`. EMA weights alone are for --init-from and for these tools.
 """
 
@@ -252,7 +252,7 @@ def export(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or a .pt file of tools.export")
     parser.add_argument("file", type=Path, help="to write, ending in .onnx, .pt2 or .pt")
     parser.add_argument("--int8", action="store_true", help="also quantise, calibrated on 1,024 training images")
     parser.add_argument(

@@ -46,7 +46,7 @@ def report(path: Path, probabilities: dict[str, float], options: argparse.Namesp
 
 def main() -> None:
     parser = new_parser(__doc__)
-    parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or a .pt file of tools.export")
     parser.add_argument("images", type=Path, nargs="+", metavar="PICTURE", help="a picture, or a folder of pictures")
     parser.add_argument(
         "--top", type=argument(int, 1, 1e6), default=3, metavar="N", help="classes to print (default: %(default)s)"

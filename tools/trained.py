@@ -87,12 +87,12 @@ def load_images(
     Args:
         trained: From load_network.
         data_dir: What a run's --data-dir takes, or a folder with a folder for some of the classes at least. By default
-            the place where the run had its images from.
+            the run's data folder.
         test_set: Whether to take the test images although the run held images out.
 
     Returns:
         The images, normalised as in the run, and facts about those for evaluation: "split", "data" (where they come
-        from), "own" (whether they are those of the run).
+        from), "own" (whether they are those of the run, in its order).
 
     Raises:
         RunError: if there are none, or of other classes.

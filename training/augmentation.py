@@ -18,9 +18,9 @@ def draw_epoch(count: int, config: Config, epoch: int, device: torch.device) -> 
     """Draw the order of an epoch's images and, in this order, the shift, flip and square of each.
 
     Flips alternate from epoch to epoch (Jordan, arXiv 2404.00498), so that any two successive epochs show each image
-    both ways. Each image gets one square, clipped at the border: of another image of the batch, with an area uniform in
-    0..1 (CutMix; Yun et al., arXiv 1905.04899, there one square per batch), or grey and of fixed size (cutout; DeVries
-    and Taylor, arXiv 1708.04552). The last epochs have no squares.
+    both ways. Each image gets one square, clipped at the border: of the image before it in the batch, with an area
+    uniform in 0..1 (CutMix; Yun et al., arXiv 1905.04899, there one square per batch), or grey and of fixed size
+    (cutout; DeVries and Taylor, arXiv 1708.04552). The last epochs have no squares.
     """
     generator = random_generator(config.seed, epoch)
     order = torch.randperm(count, generator=generator)

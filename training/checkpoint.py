@@ -88,16 +88,18 @@ def load_run(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to resume a run that was started differently, naming each difference with both values."""
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the settings and data that differ, with both values."""
     old, new = (
         {key: run[key] for key in ("variant", "data", "init_from")} | run["network"] | run["recipe"]
         for run in (saved, now)
     )
-    changed = [
-        f"{key} was {old.get(key)} and is now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)
-    ]
-    if changed:
+    return [f"{key} was {old.get(key)} and is now {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
+
+
+def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to resume a run that was started differently, naming each difference with both values."""
+    if changed := differences(saved, now):
         raise CheckpointError(f"{path} is of another run: {'; '.join(changed)}; {START_OVER}")
 
 
@@ -122,7 +124,7 @@ def restore(path: Path, saved: dict[str, Any], state: State) -> None:
 
 
 def check_optimizer_state(values: dict[str, Any], shape: torch.Size) -> None:
-    """Refuse what load_state_dict of an optimizer would take: other names and shapes."""
+    """Check names and shapes, which an optimizer's load_state_dict does not."""
     shapes = {name: value.shape for name, value in values.items()}
     if shapes not in ({"momentum": shape}, {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}):
         raise ValueError("an optimizer's state has other names or shapes than its weights need")

@@ -1,4 +1,4 @@
-"""The configuration of a run, its command-line flags, and errors told in one line."""
+"""The configuration of a run, its command-line flags, and one-line errors."""
 
 import argparse
 import contextlib
@@ -39,8 +39,8 @@ class Config:
     weight_decay: float = setting(0.05, "weight decay, on matrices only", 0, 100)
     label_smoothing: float = setting(0.1, "probability spread over all classes", 0, 0.999)
     clip_norm: float = setting(0.0, "maximum gradient norm, 0 disables", 0, 1e30)
-    ema_horizon: float = setting(0.05, "EMA horizon as a fraction of all steps, shorter at first", 0, 0.999)
-    crop_padding: int = setting(4, "random shift in pixels, at most", 0, 511)
+    ema_horizon: float = setting(0.05, "EMA horizon as a fraction of all steps, ramped up at the start", 0, 0.999)
+    crop_padding: int = setting(4, "maximum random shift in pixels", 0, 511)
     flip: str = setting(
         "alternate",
         "mirror each image in every second epoch; none: for letters and digits",
@@ -60,11 +60,11 @@ class Config:
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
     precision: str = setting(
         "auto",
-        "of convolutions and matrix products; auto: bf16 where the device computes in it",
+        "of convolutions and matrix products; auto: bf16 where the hardware supports it",
         choices=("auto", "bf16", "fp32"),
     )
     compile: str = setting(
-        "auto", "torch.compile; auto: for 200,000 images or more in all", choices=("auto", "on", "off")
+        "auto", "torch.compile; auto: on if epochs x training images >= 200,000", choices=("auto", "on", "off")
     )
 
     data_dir: Path = setting(
@@ -186,6 +186,7 @@ def errors_in_one_line() -> Iterator[None]:
     except RunError as error:
         sys.exit("error: " + "\n".join(map(printable, str(error).splitlines())))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|not enough memory|can't alloc", str(error)):
+        no_memory = "out of memory|not enough memory|can't alloc|ALLOC_FAILED"  # the last: cuBLAS, cuDNN
+        if isinstance(error, MemoryError) or re.search(no_memory, str(error)):
             sys.exit("error: out of memory; a smaller --batch-size or --image-size needs less")
         raise

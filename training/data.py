@@ -24,7 +24,7 @@ class Data:
     test_labels: Tensor
     mean: list[float]  # of the training images, per channel, in 0..1
     std: list[float]
-    fingerprint: str  # equal for equal images, labels and class names
+    fingerprint: str  # of images, labels, their order and the class names
 
 
 def load_data(config: Config, device: torch.device) -> Data:

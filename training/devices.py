@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from training.config import Config, RunError, one_line
-from training.files import exclusive
+from training.files import LOCKS, exclusive
 
 # ---- Choice and set-up ---------------------------------------------------------------------------------------------
 
@@ -33,8 +33,8 @@ def choose(requested: str) -> torch.device:
     if torch.backends.mps.is_available() and not torchrun:  # gloo cannot average tensors on MPS
         found.insert(0, torch.device("mps"))
     if requested in ("auto", "cuda") and torch.cuda.is_available():
-        if index >= torch.cuda.device_count():
-            raise RunError(f"torchrun started more processes than there are GPUs ({torch.cuda.device_count()})")
+        if index >= (count := torch.cuda.device_count()):
+            raise RunError(f"more processes than GPUs; torchrun --nproc-per-node={count}, or --device cpu, would work")
         if runs_kernels(torch.device("cuda", index)):
             found.insert(0, torch.device("cuda", index))
     for device in found:
@@ -60,6 +60,7 @@ def set_up(device: torch.device, threads: int = 0) -> None:
         torch.cuda.set_device(device)
     torch.set_flush_denormal(True)  # numbers too small for the normal format would be tens of times slower on a CPU
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # as in matrix products: fp32 is what was asked for
     no_runtime = "No CUDA runtime is found"  # PyTorch warns of this whenever it compiles for a CPU
     logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: no_runtime not in str(record.msg))
 
@@ -112,7 +113,7 @@ def resolve_auto(config: Config, device: torch.device, images: int) -> Config:
     if config.precision == "auto":
         choices["precision"] = fastest_precision(device)
     if config.compile == "auto":
-        pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # the time of about 120,000 images
+        pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes that of about 120,000
         choices["compile"] = "on" if pays_back and can_compile(device) else "off"
     return replace(config, **choices)
 
@@ -159,13 +160,15 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def own_cache() -> Path:
-    return Path(torch.hub.get_dir()).with_name("compiled")
+    """Return our folder of compiled code: each GPU has its own, as its code is its own, and all compile at once."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return Path(torch.hub.get_dir()).with_name(f"compiled-{gpu}" if gpu else "compiled")
 
 
 def cache_folder() -> Path:
     """Return where compiled code is kept: where a user's TORCHINDUCTOR_CACHE_DIR says, else in a folder of our own."""
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")
-    default = os.path.join(tempfile.gettempdir(), "torchinductor_")  # PyTorch sets it too, to this and the user's name
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_")  # + user: PyTorch's, which it sets too
     return Path(chosen) if chosen and not chosen.startswith(default) else own_cache()
 
 
@@ -180,15 +183,15 @@ def drop_precompiled_headers() -> None:
 def compile_cache() -> Iterator[None]:
     """Compile with a cache that is dropped if a process died while it wrote there: damaged code is never loaded.
 
-    Precompiled headers are dropped with it. A user's own cache is used as it is.
+    Precompiled headers are dropped with it. A user's own cache is used as it is, and PyTorch's where nothing locks.
     """
     cache = cache_folder()
-    if cache != own_cache() or " " in str(cache):
+    if cache != own_cache() or " " in str(cache) or not LOCKS:
         yield  # a compiler's command line would be split at a space
         return
     unfinished = cache / "unfinished"
     cache.mkdir(parents=True, exist_ok=True)
-    with exclusive(cache.with_name("compiled.lock"), wait=True):
+    with exclusive(cache.with_name(cache.name + ".lock"), wait=True):
         if unfinished.exists():
             shutil.rmtree(cache)
             cache.mkdir()

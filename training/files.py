@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ try:
     import fcntl  # POSIX only; elsewhere nothing is locked
 except ImportError:
     fcntl = None
+
+LOCKS = fcntl is not None
 
 
 @contextlib.contextmanager
@@ -30,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
         if os.name == "posix":
             directory = os.open(path.parent, os.O_RDONLY)
             with contextlib.suppress(OSError):  # some file systems cannot sync a directory
@@ -44,10 +47,22 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def replace(source: Path, target: Path) -> None:
+    """As os.replace; on Windows, where no open file can be replaced, wait for a virus scanner to finish with it."""
+    for seconds in (0.1, 0.3, 1, 3):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name == "posix":
+                raise
+            time.sleep(seconds)
+    os.replace(source, target)
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, *, wait: bool) -> Iterator[BinaryIO]:
     """Hold a lock file until the end; without `wait`, raise BlockingIOError if another process holds it."""
-    with open(path, "ab+") as file:  # which changes nothing in a file that is there
+    with open(path, "ab+") as file:  # append: a file that is there stays as it is
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield file
@@ -80,6 +95,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def fresh(self) -> Path:
+        """Marks that `--fresh` has yet to remove the old run."""
+        return self.path / ".fresh"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -95,7 +115,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run_folder(path: Path) -> Iterator[RunFolder]:
-    """Hold the folder of a run; that it can be written and that no other run holds it is seen before any work.
+    """Lock the folder of a run, after a check that it can be written.
 
     Raises:
         RunError: naming the folder and the cause.

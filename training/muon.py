@@ -98,12 +98,15 @@ def in_format_of(block: Tensor, step: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 4) -> Tensor:
-    """Bring the singular values of (B, rows, columns) near 1 by Newton-Schulz iterations of the fifth order."""
+    """Bring the singular values of (B, rows, columns) near 1 by Newton-Schulz iterations of the fifth order.
+
+    The post has 5 iterations; 4 are faster, and the singular values need not be close to 1.
+    """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        a, b, c = 3.4445, -4.7750, 2.0315  # steepest at 0, after the post named above
+        a, b, c = 3.4445, -4.7750, 2.0315  # the post's, with a steep slope at 0
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT

@@ -1,4 +1,4 @@
-"""Several processes that train together (torchrun): rank, number, averages. A single process is a group of one."""
+"""Several processes that train together (torchrun): rank, world size, averages. A single process is a group of one."""
 
 import os
 import sys

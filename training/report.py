@@ -69,7 +69,10 @@ def print_header(facts: dict[str, Any], identity: dict[str, Any], config: Config
     if saved:
         now, then = environment(facts), saved.get("environment", {})
         changed = [f"{key} was {then.get(key)} and is now {now[key]}" for key in now if then.get(key) != now[key]]
-        exact = f"but not bit for bit: {'; '.join(changed)}" if changed else "bit for bit as if never interrupted"
+        on_cpu = facts["device"].startswith("cpu")
+        exact = "bit for bit as if never interrupted" if on_cpu else "bit for bit on CPUs only"
+        if changed:
+            exact = f"but not bit for bit: {'; '.join(changed)}"
         print(f"          resuming after epoch {done}, {printable(exact)}")
 
 
@@ -121,6 +124,6 @@ def print_result(folder: RunFolder, results: dict[str, Any], config: Config) -> 
         print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == 'averaged')}")
     print(f"{split} loss     {results[f'{split}_loss']['averaged']:7.4f}  averaged weights")
     print(f"training time {duration(results['seconds'])} ({results['seconds']:,.0f} seconds); next:")
-    checkpoint, run = shlex.quote(str(folder.checkpoint)), shlex.quote(str(folder.path))
+    checkpoint, run = (shlex.quote(path.as_posix()) for path in (folder.checkpoint, folder.path))
     for command in (f"evaluate {checkpoint}", f"predict {checkpoint} PICTURE", f"plot {run}"):
         print(f"  python -m tools.{command}")

@@ -6,8 +6,8 @@
 
 The first two map RGB images in 0..1, float32 (N, 3, H, W) of the training size, to logits (N, classes): normalisation
 is included, BN is folded. Before writing, the float32 logits are compared with the network's; those of int8 have
-only to be finite. Printed are size, latency of one image on this CPU, and with --data-dir or --int8 the accuracy. ONNX needs
-`pip install onnx onnxscript onnxruntime`. EMA weights alone are for --init-from and for these tools.
+only to be finite. Printed are size, latency of one image on this CPU, and with --data-dir or --int8 the accuracy.
+ONNX needs `pip install onnx onnxscript onnxruntime`. EMA weights alone are for --init-from and for these tools.
 """
 
 import argparse

@@ -440,7 +440,7 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
         writes = not torch.distributed.is_torchelastic_launched() or os.environ["RANK"] == "0"
         place = open_run_folder(config.output_dir) if writes else contextlib.nullcontext(RunFolder(config.output_dir))
         with place as folder:
-            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's, of what may have begun
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's restart resumes what has begun
                 config = replace(config, fresh=config.fresh and folder.fresh.exists())
             elif writes and config.fresh:
                 folder.fresh.touch()

@@ -76,6 +76,7 @@ def test_choosing_changes_nothing_and_setting_up_sets_the_threads():
     assert torch.get_num_threads() == 1
     devices.set_up(CPU, 2)
     assert torch.get_num_threads() == 2
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_images_come_channels_last_but_on_mps_and_old_gpus(monkeypatch):
@@ -125,6 +126,19 @@ def test_compiled_code_has_a_folder_of_its_own_unless_the_user_chose_one(monkeyp
     for chosen, expected in (("", devices.own_cache()), (pytorchs, devices.own_cache()), ("/mine", Path("/mine"))):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", chosen)
         assert devices.cache_folder() == expected
+
+
+def test_each_gpu_has_a_folder_of_compiled_code_and_where_nothing_locks_there_is_none(monkeypatch, tmp_path):
+    assert devices.own_cache().name == "compiled"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for gpu, name in ((0, "compiled"), (2, "compiled-2")):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda it=gpu: it)
+        assert devices.own_cache().name == name
+    monkeypatch.setattr(devices, "own_cache", lambda: tmp_path / "compiled")
+    monkeypatch.setattr(devices, "LOCKS", False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    with devices.compile_cache():
+        assert not (tmp_path / "compiled").exists()
 
 
 def test_after_a_death_while_compiling_neither_code_nor_precompiled_headers_stay(monkeypatch, tmp_path):

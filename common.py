@@ -155,14 +155,17 @@ def new_state(
 def make_optimizers(network: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return Muon for dense and 1x1 convolutions and inner linear layers, and AdamW for the rest.
 
-    Only matrices decay: no depthwise convolution, no BN parameter, no bias.
+    All weights decay, but no BN parameter and no bias.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     classifier = network.classifier.weight
     matrices = [layer.weight for layer in layers if getattr(layer, "groups", 1) == 1 and layer.weight is not classifier]
-    taken = {id(weight) for weight in (*matrices, classifier)}
+    taken = {id(weight) for weight in matrices}
     others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
-    groups = [{"params": [classifier], "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [vector for vector in others if vector.ndim == 1], "weight_decay": 0.0},
+    ]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     return [
         Muon(matrices, config.learning_rate, config.momentum, config.weight_decay, dtype),

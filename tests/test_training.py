@@ -27,7 +27,7 @@ ONE = Config(epochs=1, batch_size=5, precision="fp32")
 
 
 @pytest.mark.parametrize("build", [MobileNetV4, enhanced_mobilenetv4])
-def test_only_matrices_decay_and_each_parameter_has_one_optimizer(build):
+def test_only_weights_decay_and_each_parameter_has_one_optimizer(build):
     network = build(width=0.25)
     optimizers = common.make_optimizers(network, Config())
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -35,8 +35,7 @@ def test_only_matrices_decay_and_each_parameter_has_one_optimizer(build):
     assert sorted(map(id, given)) == sorted(map(id, network.parameters()))
     decaying = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
     for name, parameter in network.named_parameters():
-        depthwise = parameter.ndim == 4 and parameter.shape[1] == 1
-        assert (id(parameter) in decaying) == (parameter.ndim > 1 and not depthwise), name
+        assert (id(parameter) in decaying) == (parameter.ndim > 1), name
     muon = {id(parameter) for parameter in optimizers[0].param_groups[0]["params"]}
     assert id(network.classifier.weight) not in muon
     assert id(network.stem[0][0].weight) in muon

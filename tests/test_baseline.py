@@ -118,7 +118,7 @@ def parameters_without_gradient(network: nn.Module) -> list[str]:
     return [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
 
 
-def loss_after_training(builder: Callable[..., MobileNetV4], steps: int = 80) -> float:
+def loss_after_training(builder: Callable[..., MobileNetV4], steps: int = 40) -> float:
     """Train on 64 random images with arbitrary labels and return their loss in eval mode."""
     images, labels = normal(64, 3, 16, 16), torch.arange(64) % 10
     network = build(builder, width=0.5, strides=(1, 2, 2, 2, 1))
@@ -321,6 +321,14 @@ def test_initial_depthwise_convolutions_have_a_quarter_of_the_scale_that_keeps_t
     scales = [layer(normal(2, layer.in_channels, 16, 16)).std().item() for layer in layers]
     assert len(scales) == 15
     assert all(1 < 4 * scale < 1.6 for scale in scales)  # sqrt(2): most inputs come from an activation, which halves
+
+
+def test_initial_running_variance_is_that_of_the_depthwise_convolutions_output():
+    layers = [layer for layer in build(width=1.0).eval().modules() if isinstance(layer, nn.Sequential)]
+    layers = [layer[:2] for layer in layers if isinstance(layer[0], DepthwiseConv2d)]
+    scales = [layer(normal(2, layer[0].in_channels, 16, 16)).std().item() for layer in layers]
+    assert len(scales) == 15
+    assert all(1 < scale < 1.6 for scale in scales)
 
 
 @pytest.mark.parametrize("training", [False, True])

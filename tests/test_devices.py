@@ -93,9 +93,17 @@ def test_on_mps_training_is_in_float32_and_not_compiled(monkeypatch):
     assert (resolved.precision, resolved.compile) == ("fp32", "off")
 
 
-@pytest.mark.parametrize(("present", "precision"), [(False, "fp32"), (True, "bf16")])
-def test_bfloat16_is_chosen_on_a_cpu_by_what_the_processor_has(present, precision, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": present}, raising=False)
+@pytest.mark.parametrize(
+    ("processor", "precision"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+    ],
+)
+def test_bfloat16_is_chosen_on_a_cpu_that_computes_faster_in_it(processor, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     assert resolve(compile="off").precision == precision
 
 

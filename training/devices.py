@@ -94,13 +94,13 @@ def fastest_precision(device: torch.device) -> str:
 def cpu_computes_bf16() -> bool:
     """Return whether the CPU computes faster in bf16: with AMX, or with AVX-512 BF16 on other makes than Intel's.
 
-    Intel's AVX-512 multiplies bf16 no faster than float32, and a training step takes 1.3 times as long
-    (results/throughput); a virtual machine may hide the AMX of its processor.
+    On an Intel processor whose virtual machine hides AMX a training step took 1.3 times as long in bf16
+    (results/throughput).
     """
     known = capabilities()
     if not known:  # torch 2.10 does not tell the makes apart
         return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return bool(known.get("amx_bf16") or known.get("avx512_bf16") and "Intel" not in known.get("cpu_name", ""))
+    return bool(known.get("amx_bf16") or (known.get("avx512_bf16") and "Intel" not in known.get("cpu_name", "")))
 
 
 def capabilities() -> dict[str, Any]:

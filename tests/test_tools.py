@@ -135,7 +135,9 @@ def test_the_published_weights_load_with_the_settings_of_their_run(variant):
     assert trained.saved["variant"] == variant and trained.saved["classes"] == tools.trained.CIFAR10_CLASSES
     summary = REPOSITORY / "results" / "cpu-45-epochs-cutmix" / variant / "summary.json"
     then = json.loads(summary.read_text())["configuration"]
-    assert trained.config.recipe() == {name: then[name] for name in trained.config.recipe()}
+    settings = trained.config.recipe()
+    del settings["precision"]  # that of this machine
+    assert settings == {name: then[name] for name in settings}
     images = torch.from_numpy(random_images(2, 0))
     assert tools.logits_of(images, trained).isfinite().all()
 

@@ -35,7 +35,7 @@ class Trained:
     path: Path
     network: nn.Module
     saved: dict[str, Any]
-    config: Config  # the run's settings, with a precision that the device has
+    config: Config  # the run's settings, in float32 where bf16 does not suit the device
     device: torch.device
 
 

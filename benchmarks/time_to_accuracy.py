@@ -10,7 +10,7 @@ what each network costs where it is used: parameters, MACs, and as ONNX in float
 latency of one image.
 
 airbench94 (Jordan, arXiv 2404.00498) is written here from its description, with the settings that its author published
-for its Muon version: 8 epochs, batches of 2,000; bf16 where the hardware has it, eager.
+for its Muon version: 8 epochs, batches of 2,000; bf16 where it is faster, eager.
 """
 
 import argparse

@@ -60,7 +60,7 @@ class Config:
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
     precision: str = setting(
         "auto",
-        "of convolutions and matrix products; auto: bf16 where the hardware supports it",
+        "of convolutions and matrix products; auto: bf16 where it is faster",
         choices=("auto", "bf16", "fp32"),
     )
     compile: str = setting(

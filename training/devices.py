@@ -83,7 +83,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def fastest_precision(device: torch.device) -> str:
-    """Return bf16 where the hardware computes with it, else fp32."""
+    """Return bf16 where the hardware computes faster with it, else fp32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

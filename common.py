@@ -335,14 +335,11 @@ def check_losses(losses: Tensor, epoch: int, rate: float) -> None:
 
 def check_finite(state: State, logits: Tensor, epoch: int, rate: float) -> None:
     """Stop if a weight, a BN statistic or a logit is not finite, which finite losses can hide."""
-    names, tensors = ["a logit of the evaluation"], [logits.to(next(state.raw.parameters()).device)]
+    tensors = {"a logit of the evaluation": logits.to(next(state.raw.parameters()).device)}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
-        names += [
-            f"{name} of the {weights} weights" for name, t in network.state_dict().items() if t.is_floating_point()
-        ]
-        tensors += floating_tensors(network)
-    finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()  # one read of the device for all
-    for name, good in zip(names, finite, strict=True):
+        tensors |= {f"{name} of the {weights} weights": tensor for name, tensor in network.state_dict().items()}
+    finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # one read of the device
+    for name, good in zip(tensors, finite, strict=True):
         if not good:
             raise RunError(
                 f"{name} is not finite after epoch {epoch}, with a learning rate of up to {rate:.3g}; this epoch was "

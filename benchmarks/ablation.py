@@ -27,7 +27,8 @@ from torch import nn
 import common
 from mobilenetv4_baseline import network_arguments
 from mobilenetv4_enhanced import enhanced_mobilenetv4
-from training.config import Config, RunError, argument, errors_in_one_line, parse_command_line
+from tools import exit_in_one_line, new_parser
+from training.config import Config, RunError, argument, parse_command_line
 from training.cpu import ReLU6, SiLU
 from training.data import load_data
 from training.files import atomic_write, exclusive
@@ -97,9 +98,7 @@ def add(table: Path, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--seeds", type=argument(int, 1, 1e6), default=3, help="runs of each network, seeds 0, 1, ... (default: 3)"
     )
@@ -116,7 +115,7 @@ def main() -> None:
         return train(options.train)
 
     config = parse_command_line("ablation")
-    with errors_in_one_line():
+    with exit_in_one_line():
         if config.init_from:
             raise RunError("--init-from: the networks begin at random here")
         data = load_data(config, torch.device("cpu")).fingerprint

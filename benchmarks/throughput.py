@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import common
+from benchmarks.mps_check import random_data
 from mobilenetv4_baseline import MobileNetV4
 from tools import BUILDERS
 from training import cpu, devices
 from training.config import Config
-from training.data import Data, load_data
+from training.data import load_data
 from training.muon import Muon
 from training.summary import count_macs, count_parameters
 
@@ -48,12 +48,6 @@ PROJECT_SIZE = 50_000  # images of CIFAR-10, by which the project's loop decides
 
 
 # ---- The contenders ------------------------------------------------------------------------------------------------
-
-
-def random_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return images, torch.arange(count) % 10
 
 
 def plain_depthwise(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -92,11 +86,9 @@ class Ours:
             setattr(*patch)
         settings = options.settings | (lever if isinstance(lever, dict) else {})
         device = set_up(options.device)
-        config = replace(Config(batch_size=options.batch_size), **settings)
+        config = Config(**{"batch_size": options.batch_size} | settings)
         self.config, self.epoch = devices.resolve_auto(config, device, PROJECT_SIZE), 0
-        images, labels = (tensor.to(device) for tensor in random_images(options.images))
-        classes = [str(label) for label in range(10)]
-        self.data = Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
+        self.data = random_data(options.images, device)
         build = BUILDERS[name if name in BUILDERS else options.levers]
         self.state = common.new_state(build, {}, self.data, self.config, None)
         self.loss_of = common.make_loss(self.state, self.data, self.config)
@@ -115,8 +107,9 @@ class PlainDataset(torch.utils.data.Dataset):
     """What torchvision's CIFAR10 does with one image, on random ones."""
 
     def __init__(self, count: int, transform: Callable) -> None:
-        images, labels = random_images(count)
-        self.images, self.labels, self.transform = images.numpy(), labels.tolist(), transform
+        data = random_data(count, torch.device("cpu"))
+        self.images, self.labels = data.train_images.numpy(), data.train_labels.tolist()
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -245,7 +238,7 @@ SIDES = {"cpu": 2048, "cuda": 4096, "mps": 2048}  # of the matrices whose produc
 
 
 def rate_of(operation: Callable[[], Any], amount: float, device: torch.device) -> float:
-    """Return the best of 5 rates, in `amount` a second."""
+    """Return the best of 6 rates, in `amount` a second."""
     times = []
     for _ in range(6):
         begun = time.monotonic()
@@ -264,12 +257,11 @@ def limits(variant: str, device: torch.device, precision: str) -> dict[str, floa
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size, network, elements = SIDES[device.type], BUILDERS[variant](), []
+    macs = count_macs(network, 32)[""]
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, x, y: elements.append(3 * x[0].numel() + 2 * y.numel()))
-    macs = count_macs(network, 32)[""]
     network.eval()(torch.zeros(1, 3, 32, 32))
-    elements = elements[-len(elements) // 2 :]  # counting runs the network too
     matrix = torch.randn(size, size, device=device).to(dtype)
     kernels, pixels = matrix[:, :, None, None], matrix.view(size, size, 1, 1)
     source, target = (torch.zeros(1 << 26, device=device) for _ in range(2))
@@ -381,11 +373,7 @@ def main() -> None:
         return first_step(options) if options.work == "start" else work(options.work, options)
     print(f"python -m benchmarks.throughput {' '.join(arguments)}")
     print(f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
-    if options.device == "cuda":
-        print(torch.cuda.get_device_name())
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        print(next(line for line in lines if line.startswith("model name")), f"x {os.cpu_count()}", sep=", ")
+    print(f"{devices.describe(devices.choose(options.device))}, {os.cpu_count()} cores")
     for line in report(take_turns(options, arguments), options, arguments):
         print(line, flush=True)
     if options.data_dir:

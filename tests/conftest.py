@@ -1,8 +1,12 @@
 """Fixtures of all tests."""
 
+import os
+
 import pytest
 import torch
 from helpers import write_folders
+
+collect_ignore = ["test_reliability.py"] if os.name == "nt" else []  # it needs POSIX
 
 
 @pytest.fixture(autouse=True)

@@ -26,13 +26,6 @@ def test_a_configuration_beyond_its_limits_is_refused_by_name_and_value(name, va
         Config(**{name: value})
 
 
-def test_every_field_of_the_configuration_has_help_and_a_flag():
-    text = parse("--help").stdout
-    for item in fields(Config):
-        assert flag(item.name) in text
-        assert item.metadata["help"]
-
-
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--epochs", v) for v in ("0", "-1", "1.5", "nan", "inf", "", "ten")]

@@ -170,7 +170,9 @@ def test_after_a_death_while_compiling_neither_code_nor_precompiled_headers_stay
         assert precompiled.exists() == code.exists() == (not died)
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch, capsys):
+def test_without_a_compiler_one_line_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # or the user's compiled code would be dropped
+
     def fail(*_, **__):
         raise RuntimeError("No C++ compiler\nand much more")
 

@@ -280,31 +280,6 @@ def test_a_run_that_dies_at_any_call_while_it_saves_ends_as_if_nothing_had_been(
     assert death > 20
 
 
-# ---- The two generations of checkpoints ----------------------------------------------------------------------------
-
-
-def test_a_damaged_checkpoint_is_refused_and_the_previous_one_ends_as_if_nothing_had_been(
-    half_done, pictures, undisturbed
-):
-    path, command = half_done / "checkpoint.pt", ("baseline", *flags(pictures, half_done, EPOCHS))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()  # or the other name of the same file would be damaged too
-    path.write_bytes(content)
-    result = run_script_here(*command)
-    assert result.returncode == 1
-    assert result.stderr.startswith(
-        f"error: {path}: not a usable checkpoint (it is damaged, incomplete, or no checkpoint of this project); "
-    )
-    assert f"{half_done / 'checkpoint.previous.pt'}: rename it to checkpoint.pt" in result.stderr
-    assert path.read_bytes() == content
-    (half_done / "checkpoint.previous.pt").rename(path)
-    result = run_script_here(*command)
-    assert result.returncode == 0, result.stderr
-    assert "resuming after epoch 1" in result.stdout
-    assert same_results(half_done, undisturbed("baseline")[0])
-
-
 # ---- Signals -------------------------------------------------------------------------------------------------------
 
 INTERRUPTED = "interrupted; the same command (without --fresh) resumes after the last finished epoch"
@@ -491,30 +466,6 @@ with errors_in_one_line(), open_run_folder(Path({str(output)!r})):
     assert result.stderr.endswith("Permission denied\n")
 
 
-@pytest.mark.parametrize("remade", [True, False])
-def test_a_run_whose_folder_was_removed_and_remade_by_another_stops_and_overwrites_nothing(remade, half_done, pictures):
-    train_epoch = common.train_epoch
-    with contextlib.ExitStack() as others:
-
-        def steal(*arguments: object) -> tuple[float, float]:
-            shutil.rmtree(half_done)
-            if remade:
-                others.enter_context(open_run_folder(half_done))
-                (half_done / "checkpoint.pt").write_text("the other's")
-            return train_epoch(*arguments)
-
-        with mock.patch.object(common, "train_epoch", steal):
-            result = run_script_here("baseline", *flags(pictures, half_done, EPOCHS))
-    assert result.returncode == 1
-    assert result.stderr == (
-        f"error: {half_done}: the folder of this run was removed or replaced; nothing was overwritten\n"
-    )
-    assert half_done.exists() == remade
-    if remade:
-        assert {file.name for file in half_done.iterdir()} == {".lock", "checkpoint.pt"}
-        assert (half_done / "checkpoint.pt").read_text() == "the other's"
-
-
 # ---- Numbers that are not finite, memory, devices ------------------------------------------------------------------
 
 
@@ -530,18 +481,16 @@ def train_in(tmp_path: Path, config: Config) -> None:
 THREE_EPOCHS = Config(epochs=3, batch_size=5, precision="fp32", compile="off")  # of four steps
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("bad_step", [0, 2, 3])
-def test_a_bad_loss_stops_the_run_before_its_epoch_is_saved(value, bad_step, tmp_path, monkeypatch):
+def test_a_bad_loss_stops_the_run_before_its_epoch_is_saved(tmp_path, monkeypatch):
     calls, cross_entropy = [], common.F.cross_entropy
 
     def bad_in_epoch_2(*arguments, **more):
         calls.append(None)
         loss = cross_entropy(*arguments, **more)
-        return loss * value if len(calls) == 4 + 1 + bad_step + 1 else loss  # one call was of the evaluation
+        return loss * math.nan if len(calls) == 4 + 1 + 4 else loss  # one call was of the evaluation
 
     monkeypatch.setattr(common.F, "cross_entropy", bad_in_epoch_2)
-    with pytest.raises(RunError, match=rf"the loss became -?(nan|inf) in epoch 2, step {bad_step + 1}, at a learning"):
+    with pytest.raises(RunError, match="the loss became nan in epoch 2, step 4, at a learning"):
         train_in(tmp_path, THREE_EPOCHS)
     assert epoch_of(tmp_path) == 1
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
@@ -627,7 +576,8 @@ def test_a_run_of_other_threads_and_processes_resumes_and_the_header_says_what_d
 
 
 def test_the_weights_are_the_same_when_optimized_and_with_warnings_as_errors(half_done, pictures, undisturbed):
-    names = ("common", "mobilenetv4_baseline", "__main__", r"training(\..*)?")
+    parts = [f"training.{path.stem}" for path in (REPOSITORY / "training").glob("*.py")]
+    names = ("common", "mobilenetv4_baseline", "__main__", *parts)  # -W takes no patterns
     strict = [word for name in names for word in ("-W", f"error:::{name}")]
     result = run_script("baseline", *flags(pictures, half_done, EPOCHS), python=("-O", *strict))
     assert result.returncode == 0, result.stderr

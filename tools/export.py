@@ -43,7 +43,7 @@ Run = Callable[[np.ndarray], np.ndarray]  # from images, float32 (N, 3, H, W) in
 
 
 class Deployed(nn.Module):
-    """The network with its normalisation inside and its BN folded, made of nothing but PyTorch's own layers.
+    """The network with its normalisation inside, its BN folded, and plain convolutions in place of DepthwiseConv2d.
 
     Shapes: RGB images in 0..1 (N, 3, H, W) -> logits (N, classes).
     """

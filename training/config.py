@@ -59,9 +59,7 @@ class Config:
     holdout: int = setting(0, "hold out this many training images and evaluate on them, for tuning", 0, 1e6)
     seed: int = setting(0, "random seed", 0, 2**32 - 1)
     precision: str = setting(
-        "auto",
-        "of convolutions and matrix products; auto: bf16 where it is faster",
-        choices=("auto", "bf16", "fp32"),
+        "auto", "of convolutions and matrix products; auto: bf16 where it is faster", choices=("auto", "bf16", "fp32")
     )
     compile: str = setting(
         "auto", "torch.compile; auto: on if epochs x training images >= 200,000", choices=("auto", "on", "off")

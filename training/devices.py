@@ -166,7 +166,7 @@ def compiled(function: Callable, device: torch.device) -> Callable:
 
 
 def own_cache() -> Path:
-    """Return our folder of compiled code: each GPU has its own, as its code is its own, and all compile at once."""
+    """Return our folder of compiled code: one for each GPU, so that the processes of several compile at once."""
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     return Path(torch.hub.get_dir()).with_name(f"compiled-{gpu}" if gpu else "compiled")
 

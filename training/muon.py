@@ -78,8 +78,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def padding(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay out matrices as one batch, tall ones transposed: return which element stands at each place (the last number
-    is a zero), int64 (B, rows, columns), and of all elements the places, int64, and scales, float32."""
+    """Lay out matrices as one batch (B, rows, columns), tall ones transposed, all filled up with zeros.
+
+    Returns:
+        For each place of the batch the index of its element, of all elements in turn and a zero after the last; for
+        each element its place in the flattened batch, and its scale.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     source = torch.full((len(shapes), max(map(min, shapes)), max(map(max, shapes))), sum(sizes))
     for matrix, shape, elements in zip(source, shapes, torch.arange(sum(sizes)).split(sizes), strict=True):

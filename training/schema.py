@@ -43,8 +43,7 @@ def is_weight(value: Any) -> bool:
 
 
 def is_weights(value: Any) -> bool:
-    variances = "running_var"
-    return is_mapping(value, is_weight) and all((value[key] >= 0).all() for key in value if key.endswith(variances))
+    return is_mapping(value, is_weight) and all((value[key] >= 0).all() for key in value if key.endswith("running_var"))
 
 
 def is_optimizer(value: Any) -> bool:

@@ -130,7 +130,7 @@ def test_a_mistake_of_our_own_is_not_blamed_on_the_checkpoint(trained, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("variant", "run"), [("baseline", "cpu-45-epochs-cutmix"), ("enhanced", "cpu-45-epochs-cutmix")]
+    ("variant", "run"), [("baseline", "cpu-45-epochs-depthwise"), ("enhanced", "cpu-45-epochs-cutmix")]
 )
 def test_the_published_weights_load_with_the_settings_of_their_run(variant, run):
     trained = tools.load_network(REPOSITORY / "results" / "weights" / f"{variant}.pt")

@@ -38,6 +38,7 @@ from training.report import Row
 from training.summary import print_summary
 
 ALONE = Processes()
+ADVICE = "a lower --learning-rate or --adam-learning-rate may help"
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of images and labels as augment returns them
 
@@ -59,8 +60,12 @@ def run(
     saved = checkpoint.load_run(folder.checkpoint) if processes.rank == 0 and not config.fresh else None
     saved = processes.broadcast(saved)
     pretrained = None
-    if config.init_from and not (saved and saved["init_from"]):  # not needed to resume
-        pretrained = checkpoint.load(config.init_from)
+    if config.init_from:
+        try:
+            pretrained = checkpoint.load(config.init_from)
+        except RunError:
+            if not (saved and saved["init_from"]):  # not needed to resume
+                raise
 
     # Data, and the settings that depend on them
     data = load_data(config, device)
@@ -192,7 +197,7 @@ def train(
         previous = checkpoint.previous_of(folder.checkpoint)
         for old in (folder.summary, folder.metrics, previous, folder.checkpoint, folder.fresh):
             old.unlink(missing_ok=True)  # with --fresh; the checkpoint late: an interruption leaves a usable run
-    loss_of = make_loss(state, data, config, processes.size)
+    loss_of = make_loss(state, data, config, processes)
     split, steps = report.split_name(config), len(data.train_images) // config.batch_size
     report.print_columns(split)
     with tqdm(
@@ -287,7 +292,7 @@ def make_forward(network: nn.Module, data: Data, config: Config) -> Callable[[Te
     return forward
 
 
-def make_loss(state: State, data: Data, config: Config, processes: int = 1) -> Loss:
+def make_loss(state: State, data: Data, config: Config, processes: Processes = ALONE) -> Loss:
     """Return the loss to train with, compiled if the configuration says so; `processes` share each batch."""
     device = data.train_images.device
     forward = make_forward(state.raw, data, config)
@@ -298,7 +303,7 @@ def make_loss(state: State, data: Data, config: Config, processes: int = 1) -> L
     if config.compile == "on" and devices.can_compile(device):
         print("compiling the network: one to three minutes the first time, seconds after that", flush=True)
         drawn = draw_epoch(len(data.train_images), config, 1, device)
-        batch = augment(data, drawn, slice(config.batch_size // processes), config)
+        batch = augment(data, drawn, slice(config.batch_size // processes.size), config)
         with devices.compile_cache():
             loss_of = devices.compiled(loss_of, device)
             compile_ahead(state.raw, loss_of, batch)
@@ -329,21 +334,25 @@ def check_losses(losses: Tensor, epoch: int, rate: float) -> None:
     if len(bad):
         raise RunError(
             f"the loss became {losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1}, at a learning rate "
-            f"of about {rate:.3g}; nothing of this epoch was saved; a lower --learning-rate may help"
+            f"of about {rate:.3g}; nothing of this epoch was saved; {ADVICE}"
         )
 
 
 def check_finite(state: State, logits: Tensor, epoch: int, rate: float) -> None:
-    """Stop if a weight, a BN statistic or a logit is not finite, which finite losses can hide."""
+    """Stop if a weight, a BN statistic, a logit or an optimizer's state is not finite, which finite losses can hide."""
     tensors = {"a logit of the evaluation": logits.to(next(state.raw.parameters()).device)}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
         tensors |= {f"{name} of the {weights} weights": tensor for name, tensor in network.state_dict().items()}
+    for optimizer in state.optimizers:
+        for index, values in enumerate(optimizer.state.values()):
+            of = f"of {type(optimizer).__name__}'s weight {index}"
+            tensors |= {f"{name} {of}": tensor for name, tensor in values.items()}
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()  # one read of the device
     for name, good in zip(tensors, finite, strict=True):
         if not good:
             raise RunError(
                 f"{name} is not finite after epoch {epoch}, with a learning rate of up to {rate:.3g}; this epoch was "
-                "not saved; a lower --learning-rate may help"
+                f"not saved; {ADVICE}"
             )
 
 
@@ -433,7 +442,7 @@ def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config
     """
     config = parse_command_line(name)
     stop_on_interrupt()
-    with errors_in_one_line():
+    with errors_in_one_line("; a smaller --batch-size or --image-size needs less"):
         if config.summary:
             print_summary(build(num_classes=10, **arguments(config)), config.image_size)
             return

@@ -118,6 +118,8 @@ def main() -> None:
     with exit_in_one_line():
         if config.init_from:
             raise RunError("--init-from: the networks begin at random here")
+        if config.summary:
+            raise RunError("--summary: the scripts print it")
         data = load_data(config, torch.device("cpu")).fingerprint
         settings = {key: value for key, value in config.recipe().items() if key != "seed"}
         same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}

@@ -32,9 +32,9 @@ from tqdm import tqdm
 import common
 from benchmarks.mps_check import random_data
 from mobilenetv4_baseline import MobileNetV4
-from tools import BUILDERS
+from tools import BUILDERS, exit_in_one_line, optional
 from training import cpu, devices
-from training.config import Config
+from training.config import Config, RunError, argument
 from training.data import load_data
 from training.muon import Muon
 from training.summary import count_macs, count_parameters
@@ -122,8 +122,7 @@ class Plain:
     """The loop a user would write: timm's network at the same size, a DataLoader of two workers, SGD, eager."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import timm.models.mobilenetv3 as timm_models  # pip install timm
-
+        (timm_models,) = optional("timm.models.mobilenetv3")
         self.device = set_up(options.device)
         build = timm_models._gen_mobilenet_v4  # what timm.create_model calls, with a width
         self.network = build("mobilenetv4_conv_small", 1.15, num_classes=10, act_layer=nn.ReLU6).to(self.device)
@@ -218,7 +217,10 @@ def profile(contender: Any) -> dict[str, float]:
 def turn(name: str, arguments: list[str]) -> dict[str, Any]:
     """Run `work` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.throughput", "--work", name, *arguments]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RunError(f"{name}: failed")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def take_turns(options: argparse.Namespace, arguments: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -309,26 +311,33 @@ def start_up(arguments: list[str]) -> float:
 
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    kind = type(getattr(Config(), name.replace("-", "_")))
-    return name.replace("-", "_"), kind(value)
+    name = name.replace("-", "_")
+    if name not in Config().recipe():
+        raise argparse.ArgumentTypeError(f"expected a setting of the training and its value, as epochs=8, got {text!r}")
+    return name, type(getattr(Config(), name))(value)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "(default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help=f"where to train {default}")
-    parser.add_argument("--batch-size", type=int, default=Config.batch_size, help=f"images per step {default}")
-    parser.add_argument("--images", type=int, default=2560, help=f"in an epoch of one turn {default}")
-    parser.add_argument("--turns", type=int, default=5, help=f"processes of each contender {default}")
-    parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
     parser.add_argument(
-        "--contenders", nargs="+", default=["plain", "baseline", "enhanced"], help=f"what takes turns {default}"
+        "--batch-size", type=argument(int, 2, 1e6), default=Config.batch_size, help=f"images per step {default}"
     )
+    parser.add_argument("--images", type=argument(int, 2, 1e6), default=2560, help=f"in an epoch of one turn {default}")
+    parser.add_argument("--turns", type=argument(int, 1, 1e6), default=5, help=f"processes of each contender {default}")
+    parser.add_argument("--data-dir", type=Path, help="of the start-up; without it, that is not measured")
+    names = ["plain", *BUILDERS]
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names, help=f"what takes turns {default}")
     parser.add_argument("--levers", choices=BUILDERS, help="a variant, and without each of the loop's levers")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the project's settings")
+    parser.add_argument(
+        "--set", type=setting, action="append", default=[], metavar="NAME=VALUE", help="of the project's settings"
+    )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options.settings = dict(map(setting, options.set))
+    if options.images < options.batch_size:
+        parser.error(f"--images {options.images}: less than --batch-size {options.batch_size}")
+    options.settings = dict(options.set)
     if options.levers:
         options.contenders = [options.levers, *(f"without {lever}" for lever in LEVERS)]
     return options
@@ -366,11 +375,7 @@ def report(
         )
 
 
-def main() -> None:
-    arguments = sys.argv[1:]
-    options = parse(arguments)
-    if options.work:
-        return first_step(options) if options.work == "start" else work(options.work, options)
+def compare(options: argparse.Namespace, arguments: list[str]) -> None:
     print(f"python -m benchmarks.throughput {' '.join(arguments)}")
     print(f"{platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"{devices.describe(devices.choose(options.device))}, {os.cpu_count()} cores")
@@ -378,6 +383,15 @@ def main() -> None:
         print(line, flush=True)
     if options.data_dir:
         print(f"import to first step, second start, not compiled: {start_up(arguments):.1f} s")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options = parse(arguments)
+    with exit_in_one_line():
+        if options.work:
+            return first_step(options) if options.work == "start" else work(options.work, options)
+        compare(options, arguments)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from benchmarks.shifts import shift
 from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser
 from training import devices
 from training.augmentation import augment, draw_epoch, random_generator
-from training.config import DEVICES, Config, RunError, flag
+from training.config import DEVICES, Config, RunError, argument, flag
 from training.cpu import keep_freed_memory
 from training.data import Data, load_data
 from training.muon import orthogonalize
@@ -205,8 +205,8 @@ def main() -> None:
     parser.add_argument("contenders", nargs="+", help="airbench94, or a variant and its epochs, as baseline:45")
     parser.add_argument("--data-dir", type=Path, default=Config.data_dir, help="of CIFAR-10 (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/time"), help="(default: %(default)s)")
-    parser.add_argument("--airbench-epochs", type=int, default=EPOCHS, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--airbench-epochs", type=argument(int, 1, 1e6), default=EPOCHS, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=argument(int, 0, 2**32 - 1), default=0, help="(default: %(default)s)")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="(default: %(default)s)")
     options = parser.parse_args()
     for contender in options.contenders:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,27 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits(monkeypa
     assert re.search(r"^baseline +\d+\.\d +\d+\.\d +\d+\.\d +1\.00 ", result.stdout, re.M)
     assert re.search(r"^baseline: .*convolution, backward \d+%", result.stdout, re.M)
     assert re.search(r"^baseline: at most [\d,]+ images/s by arithmetic", result.stdout, re.M)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--contenders baselin", "invalid choice: 'baselin'"),
+        ("--set epoch=8", "expected a setting of the training and its value, as epochs=8, got 'epoch=8'"),
+        ("--images 100", "--images 100: less than --batch-size 128"),
+        ("--turns 0", "from 1 to 1,000,000, got '0'"),
+    ],
+)
+def test_a_bad_flag_of_the_throughput_benchmark_is_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        throughput.parse(flags.split())
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_contender_of_the_throughput_benchmark_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(throughput.sys, "executable", shutil.which("false"))
+    result = run_here(throughput.main, "--contenders", "baseline")
+    assert (result.returncode, result.stderr) == (1, "error: baseline: failed\n")
 
 
 def test_each_lever_of_the_throughput_benchmark_is_one_that_the_loop_has():

@@ -14,7 +14,6 @@ import torch
 from helpers import Tiny, equal, equal_runs, flags, new_tiny, run_tiny, train
 
 from training import checkpoint
-from training.checkpoint import CheckpointError
 from training.config import Config, RunError
 from training.schema import FORMAT, check_schema
 
@@ -73,7 +72,7 @@ def test_every_difference_to_another_run_is_named_with_both_values(path):
     checkpoint.check_same_run(path, saved, IDENTITY)
     now = IDENTITY | {"variant": "other", "data": "24 images", "network": {"width": 2.0}, "init_from": "abc"}
     now["recipe"] = IDENTITY["recipe"] | {"epochs": 7}
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(RunError) as caught:
         checkpoint.check_same_run(path, saved, now)
     for part in (
         "variant was tiny and is now other",
@@ -258,7 +257,7 @@ def test_what_a_checkpoint_cannot_hold_is_refused_in_one_short_line(path, change
     if isinstance(change, dict):
         change = {key: value for key, value in (content | change).items() if value is not MISSING}
     checkpoint.write(path, change)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(RunError) as caught:
         checkpoint.load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: not a usable checkpoint (it")
@@ -273,7 +272,7 @@ def test_what_a_checkpoint_may_hold_is_taken(path):
     alone = {"model": {}, "averaged": half, "init_from": "0123456789abcdef", "classes": ["a\nb", "\u4e2d", "-x"]}
     checkpoint.write(path, {k: v for k, v in (content | alone).items() if k not in ("optimizer", "metrics")})
     assert checkpoint.load(path)["averaged"].keys() == content["averaged"].keys()
-    with pytest.raises(CheckpointError, match="it holds weights alone"):
+    with pytest.raises(RunError, match="it holds weights alone"):
         checkpoint.restore(path, checkpoint.load(path), new_tiny(CONFIG))
 
 
@@ -293,7 +292,7 @@ def test_other_names_or_shapes_than_the_networks_are_refused(path, change, messa
     saved = checkpoint.load(path)
     saved |= change(saved)
     check_schema({key: saved[key] for key in saved if key != "sha256"})
-    with pytest.raises(CheckpointError, match=rf"not a usable checkpoint \(.*{message}"):
+    with pytest.raises(RunError, match=rf"not a usable checkpoint \(.*{message}"):
         checkpoint.restore(path, saved, new_tiny(CONFIG))
 
 
@@ -406,7 +405,7 @@ def pretrained(folders, tmp_path):
     return tmp_path / "pretrained" / "checkpoint.pt"
 
 
-@pytest.mark.parametrize("fate", ["moved", "changed", "damaged", "not named"])
+@pytest.mark.parametrize("fate", ["moved", "damaged", "not named"])
 def test_a_run_that_started_from_pretrained_weights_resumes_without_their_file(folders, tmp_path, pretrained, fate):
     output, start = tmp_path / "run", ("--init-from", pretrained)
     undisturbed = run_tiny(*flags(folders, tmp_path / "undisturbed"), *start)
@@ -416,10 +415,6 @@ def test_a_run_that_started_from_pretrained_weights_resumes_without_their_file(f
     checkpoint.previous_of(path).replace(path)
     if fate == "moved":
         pretrained.rename(tmp_path / "elsewhere.pt")
-    elif fate == "changed":
-        save = content_of(pretrained)
-        save["averaged"]["classifier.bias"] += 1
-        checkpoint.write(pretrained, save)
     elif fate == "damaged":
         pretrained.write_bytes(b"damaged")
     result = run_tiny(*flags(folders, output), *(() if fate == "not named" else start))
@@ -435,6 +430,20 @@ def test_a_run_records_the_checksum_of_the_weights_that_it_started_from(folders,
     assert saved["init_from"] == start["sha256"][:16]
     for name in (name for name, _ in Tiny().named_parameters()):
         assert torch.equal(saved["model"][name], start["averaged"][name])
+
+
+@pytest.mark.parametrize("epochs", [1, 2])  # of 2 and of 1: unfinished, finished
+def test_a_run_that_started_from_pretrained_weights_refuses_others(folders, tmp_path, pretrained, epochs):
+    output, start = tmp_path / "run", ("--init-from", pretrained)
+    assert run_tiny(*flags(folders, output, 2), *start).returncode == 0
+    if epochs == 1:
+        checkpoint.previous_of(output / "checkpoint.pt").replace(output / "checkpoint.pt")
+    before, save = checkpoint.load(output / "checkpoint.pt")["init_from"], content_of(pretrained)
+    save["averaged"]["classifier.bias"] += 1
+    checkpoint.write(pretrained, save)
+    result = run_tiny(*flags(folders, output, 2), *start)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert f"init_from was {before} and is now {checkpoint.load(pretrained)['sha256'][:16]}" in result.stderr
 
 
 def test_a_run_that_started_without_pretrained_weights_refuses_them(folders, tmp_path, pretrained):

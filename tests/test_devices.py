@@ -52,6 +52,20 @@ def test_auto_takes_the_fastest_device_that_works(monkeypatch, here, requested, 
     assert devices.choose(requested) == torch.device(chosen)
 
 
+@pytest.mark.parametrize(
+    ("here", "requested", "message"),
+    [
+        ({"cuda": True}, "mps", "not available here, only cuda, cpu"),
+        ({"mps": True}, "cuda", "not available here, only mps, cpu"),
+        ({"mps": True, "torchrun": True}, "mps", "not available with torchrun, only cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, here, requested, message):
+    give(monkeypatch, **here)
+    with pytest.raises(RunError, match=f"--device {requested}: {message}$"):
+        devices.choose(requested)
+
+
 def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     give(monkeypatch, cuda=True, torchrun=True)
     monkeypatch.setenv("LOCAL_RANK", "3")

@@ -238,12 +238,14 @@ def test_a_class_called_train_is_not_taken_for_a_bare_folder_of_classes(trained,
 def test_a_run_that_held_images_out_is_evaluated_on_them_and_on_the_test_set_only_when_asked(trained, tuning, tmp_path):
     run, folders = trained
     network = tools.load_network(run / "checkpoint.pt")
-    for options, holdout, split, count in (([], 6, "holdout", 6), (["--test-set"], 0, "test", 30)):
+    for options, holdout, split, own, count in (([], 6, "holdout", True, 6), (["--test-set"], 0, "test", None, 30)):
         found = json.loads(run_tool("evaluate", tuning / "checkpoint.pt", "--json", *options).stdout)
-        assert (found["split"], found["own"], found["images"]) == (split, True, count)
+        assert (found["split"], found["own"], found["images"]) == (split, own, count)
         data = load_data(Config(data_dir=folders, holdout=holdout), CPU)
         logits = tools.logits_of(data.test_images, network)
         assert found["loss"] == pytest.approx(common.score(logits, data.test_labels)["loss"], rel=1e-4)
+    table = run_tool("evaluate", tuning / "checkpoint.pt", "--test-set").stdout
+    assert table.startswith("test: 30 images (")
     table = run_tool("evaluate", tuning / "checkpoint.pt").stdout
     assert table.startswith("holdout: 6 images, the run's own (") and "6 training images held out" in table
     others = write_folders(tmp_path / "others", train=41)
@@ -354,8 +356,11 @@ def test_perfect_and_hopeless_confidence_have_the_calibration_errors_that_they_m
 def test_cifar10_is_not_downloaded_for_a_network_of_other_classes(trained, tmp_path):
     result = run_tool("evaluate", trained[0] / "checkpoint.pt", "--data-dir", tmp_path / "nowhere")
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {tmp_path / 'nowhere'}: holds neither train/ and test/ nor a folder of")
-    assert list(tmp_path.iterdir()) == []
+    assert result.stderr == f"error: --data-dir {tmp_path / 'nowhere'}: not a folder\n"
+    (tmp_path / "nothing").mkdir()
+    result = run_tool("evaluate", trained[0] / "checkpoint.pt", "--data-dir", tmp_path / "nothing")
+    assert result.stderr.startswith(f"error: {tmp_path / 'nothing'}: holds neither train/ and test/ nor a folder of")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "nothing"]
 
 
 def test_other_classes_are_refused_by_name(trained, tmp_path):
@@ -408,6 +413,9 @@ def test_what_cannot_be_read_is_named_and_the_others_are_predicted(trained, tmp_
     nothing = run_tool("predict", trained[0] / "checkpoint.pt", tmp_path / "empty")
     assert nothing.returncode == 1
     assert nothing.stderr.startswith(f"error: {tmp_path / 'empty'}: no picture in this folder")
+    both = run_tool("predict", trained[0] / "checkpoint.pt", tmp_path / "empty", names[1])
+    assert both.returncode == 1 and both.stderr == nothing.stderr
+    assert both.stdout == result.stdout
 
 
 def test_in_folders_the_endings_of_training_are_taken_and_a_notice_names_others(trained, tmp_path):
@@ -488,12 +496,14 @@ def test_an_export_that_differs_is_refused_and_leaves_nothing(trained, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_suffixes_and_int8_of_other_formats_are_refused(trained, tmp_path):
+def test_other_suffixes_and_flags_of_other_formats_are_refused(trained, tmp_path):
     result = run_tool("export", trained[0] / "checkpoint.pt", tmp_path / "net.tflite")
     assert result.returncode == 1
     assert result.stderr == f"error: {tmp_path / 'net.tflite'}: expected a name that ends in .onnx, .pt2 or .pt\n"
     result = run_tool("export", trained[0] / "checkpoint.pt", tmp_path / "net.pt2", "--int8")
     assert result.stderr == "error: --int8: only for .onnx\n"
+    result = run_tool("export", trained[0] / "checkpoint.pt", tmp_path / "net.pt", "--data-dir", tmp_path)
+    assert result.stderr.startswith("error: --data-dir: only for .onnx and .pt2")
     (tmp_path / "file").touch()
     result = run_tool("export", trained[0] / "checkpoint.pt", tmp_path / "file" / "net.pt")
     assert result.returncode == 1 and result.stderr.startswith(f"error: {tmp_path / 'file'}: ")

@@ -180,6 +180,13 @@ def test_a_weight_a_statistic_or_a_logit_that_is_not_finite_is_caught_behind_a_f
             common.check_finite(state, torch.ones(2, 3), 1, 0.05)
 
 
+def test_what_could_not_be_loaded_again_is_not_saved_the_state_of_an_optimizer_too():
+    state, _ = train(ONE)
+    next(iter(state.optimizers[1].state.values()))["exp_avg_sq"][0] = math.inf  # of a huge gradient: no step follows
+    with pytest.raises(RunError, match="exp_avg_sq of AdamW's weight 0 is not finite"):
+        common.check_finite(state, torch.ones(2, 3), 1, 0.05)
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------------------------
 
 

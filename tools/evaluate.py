@@ -65,9 +65,9 @@ def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) 
 
 def report(results: dict[str, Any]) -> str:
     """Return the measures as a text for people."""
-    whose = "the run's own" if results["own"] else "not the run's own, or in another order"
+    whose = {True: ", the run's own", False: ", not the run's own, or in another order", None: ""}[results["own"]]
     flip = ", with flip TTA" * results["flip"]
-    lines = [f"{results['split']}: {results['images']:,} images, {whose} ({printable(results['data'])})"]
+    lines = [f"{results['split']}: {results['images']:,} images{whose} ({printable(results['data'])})"]
     lines.append(f"{results['weights']} weights{flip}\n")
     lines.append(f"top-1 accuracy     {results['top1']:6.2f}%")
     if "top5" in results:

@@ -217,6 +217,8 @@ def export(options: argparse.Namespace) -> None:
         raise RunError(f"{printable(file)}: expected a name that ends in .onnx, .pt2 or .pt")
     if options.int8 and file.suffix != ".onnx":
         raise RunError("--int8: only for .onnx")
+    if options.data_dir and file.suffix == ".pt":
+        raise RunError("--data-dir: only for .onnx and .pt2; tools.evaluate evaluates a .pt file")
     trained, data, facts = load_network(options.checkpoint), None, {"split": "test"}
     small = file.with_name(f"{file.stem}.int8.onnx")
     for target in (file, small)[: 1 + options.int8]:

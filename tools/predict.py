@@ -24,6 +24,18 @@ from training.pictures import decode, find_pictures
 BATCH = 250  # pictures that are decoded before the first of them is predicted
 
 
+def find_all(arguments: list[Path]) -> tuple[list[Path], bool]:
+    """Return the files that are named or in folders that are; False if a folder has none, which is named on stderr."""
+    paths, complete = [], True
+    for path in arguments:
+        try:
+            paths += find_pictures(path) if os.path.isdir(path) else [path]
+        except RunError as error:
+            print(f"error: {printable(error)}", file=sys.stderr)
+            complete = False
+    return paths, complete
+
+
 def decode_readable(paths: list[Path], size: int) -> tuple[list[Path], np.ndarray]:
     """Return the pictures that can be read, as uint8 (N, size, size, 3); each other one is named on stderr."""
     readable, images = [], [np.empty((0, size, size, 3), np.uint8)]
@@ -57,17 +69,16 @@ def main() -> None:
     with exit_in_one_line():
         trained = load_network(options.checkpoint, on=options.device)
         with contextlib.redirect_stdout(sys.stderr):  # notices
-            groups = [find_pictures(path) if os.path.isdir(path) else [path] for path in options.images]
-        paths, count = [path for group in groups for path in group], 0
+            paths, complete = find_all(options.images)
         for start in range(0, len(paths), BATCH):
             readable, images = decode_readable(paths[start : start + BATCH], trained.saved["image_size"])
+            complete &= len(readable) == len(paths[start : start + BATCH])
             if not readable:
                 continue
             probabilities = logits_of(torch.from_numpy(images), trained).softmax(1)
             for path, row in zip(readable, probabilities.tolist(), strict=True):
                 print(report(path, dict(zip(trained.saved["classes"], row, strict=True)), options))
-            count += len(readable)
-    sys.exit(0 if count == len(paths) else 1)
+    sys.exit(0 if complete else 1)
 
 
 if __name__ == "__main__":

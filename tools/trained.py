@@ -92,13 +92,15 @@ def load_images(
 
     Returns:
         The images, normalised as in the run, and facts about those for evaluation: "split", "data" (where they come
-        from), "own" (whether they are those of the run, in its order).
+        from), "own" (whether they are those of the run, in its order; None where it has not seen them).
 
     Raises:
         RunError: if there are none, or of other classes.
     """
     saved, config = trained.saved, with_source(trained, data_dir)
     root, classes = config.data_dir, saved["classes"]
+    if data_dir and not os.path.isdir(root):  # else CIFAR-10 would be downloaded into a mistyped folder
+        raise RunError(f"--data-dir {printable(root)}: not a folder")
     if data_dir and not os.path.isdir(root / "test") and any(os.path.isdir(root / name) for name in classes):
         images, labels = map(torch.from_numpy, read_classes(root, config.image_size, classes))
         data = as_data(images.to(trained.device), labels.to(trained.device), saved)
@@ -114,7 +116,7 @@ def load_images(
         raise RunError(f"{printable(root)}: its classes are {found}, the network's are {expected}")
     own = data.fingerprint == saved["data"]
     if test_set and config.holdout:
-        config = replace(config, holdout=0)
+        config, own = replace(config, holdout=0), None  # the run has not seen them
         data = load_data(config, trained.device)
     data = replace(data, mean=saved["mean"], std=saved["std"])
     return data, {"split": split_name(config), "data": data.source, "own": own}

@@ -21,10 +21,6 @@ LARGEST = 2**30  # bytes; no network of this kind comes near
 START_OVER = "choose another --output-dir, or start over with --fresh"
 
 
-class CheckpointError(RunError):
-    """A checkpoint that is damaged, foreign, or of another run."""
-
-
 @dataclass(frozen=True)
 class State:
     """What training changes: the network, its EMA (weights and BN statistics), the optimizers."""
@@ -43,7 +39,7 @@ def errors_naming(path: Path, kind: str = "checkpoint") -> Iterator[None]:
     try:
         yield
     except Exception as error:  # it can fail anywhere in the parsers
-        raise CheckpointError(f"{path}: not a usable {kind} ({one_line(error)})") from None
+        raise RunError(f"{path}: not a usable {kind} ({one_line(error)})") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def load_run(path: Path) -> dict[str, Any] | None:
     """Load the checkpoint of the run that is to resume, or return None where there is none.
 
     Raises:
-        CheckpointError: if it cannot be used, or is gone and other files of the run are there.
+        RunError: if it cannot be used, or is gone and other files of the run are there.
     """
     previous = previous_of(path)
     if os.path.lexists(path):
@@ -81,10 +77,10 @@ def load_run(path: Path) -> dict[str, Any] | None:
             return load(path)
         except RunError as error:
             rescue = f"; the epoch before is in {previous}: rename it to {path.name}" if previous.exists() else ""
-            raise CheckpointError(f"{error}{rescue}; or {START_OVER}") from None
+            raise RunError(f"{error}{rescue}; or {START_OVER}") from None
     for other in (previous, path.with_name("metrics.csv"), path.with_name("summary.json")):
         if os.path.lexists(other):
-            raise CheckpointError(f"{other} is there without its {path.name}; {START_OVER}")
+            raise RunError(f"{other} is there without its {path.name}; {START_OVER}")
     return None
 
 
@@ -100,7 +96,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume a run that was started differently, naming each difference with both values."""
     if changed := differences(saved, now):
-        raise CheckpointError(f"{path} is of another run: {'; '.join(changed)}; {START_OVER}")
+        raise RunError(f"{path} is of another run: {'; '.join(changed)}; {START_OVER}")
 
 
 def load_pretrained(network: nn.Module, saved: dict[str, Any], classes: list[str]) -> None:

@@ -46,7 +46,9 @@ class Config:
         "mirror each image in every second epoch; none: for letters and digits",
         choices=("alternate", "none"),
     )
-    cutout: int = setting(8, "side in pixels of a grey square in each training image, 0 disables", 0, 224)
+    cutout: int = setting(
+        8, "side in pixels of a grey square in the training images without CutMix, 0 disables", 0, 224
+    )
     cutmix: float | None = setting(
         None,
         "fraction of the training images that get CutMix instead of cutout (default: epochs / 90, at most 0.5)",
@@ -169,8 +171,9 @@ def printable(text: Any) -> str:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """End the program with one line and status 1 on an expected failure: RunError, no memory, a closed pipe."""
+def errors_in_one_line(advice: str = "") -> Iterator[None]:
+    """End the program with one line and status 1 on an expected failure: RunError, no memory (what to do about it is
+    `advice`), a closed pipe."""
     for stream in ("stdin", "stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed: the next file opened would get what is printed
             setattr(sys, stream, open(os.devnull, "r+"))  # noqa: SIM115
@@ -186,5 +189,5 @@ def errors_in_one_line() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         no_memory = "out of memory|not enough memory|can't alloc|ALLOC_FAILED"  # the last: cuBLAS, cuDNN
         if isinstance(error, MemoryError) or re.search(no_memory, str(error)):
-            sys.exit("error: out of memory; a smaller --batch-size or --image-size needs less")
+            sys.exit(f"error: out of memory{advice}")
         raise

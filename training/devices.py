@@ -32,7 +32,7 @@ def choose(requested: str) -> torch.device:
     found = [torch.device("cpu")]
     if torch.backends.mps.is_available() and not torchrun:  # gloo cannot average tensors on MPS
         found.insert(0, torch.device("mps"))
-    if requested in ("auto", "cuda") and torch.cuda.is_available():
+    if requested != "cpu" and torch.cuda.is_available():
         if index >= (count := torch.cuda.device_count()):
             raise RunError(f"more processes than GPUs; torchrun --nproc-per-node={count}, or --device cpu, would work")
         if runs_kernels(torch.device("cuda", index)):
@@ -40,7 +40,8 @@ def choose(requested: str) -> torch.device:
     for device in found:
         if requested in ("auto", device.type):
             return device
-    raise RunError(f"--device {requested}: not available here, only {', '.join(device.type for device in found)}")
+    where = "with torchrun" if torchrun else "here"
+    raise RunError(f"--device {requested}: not available {where}, only {', '.join(device.type for device in found)}")
 
 
 def runs_kernels(device: torch.device) -> bool:

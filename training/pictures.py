@@ -129,11 +129,11 @@ def read_folders(root: Path, size: int) -> tuple[list[str], Arrays, Arrays]:
     if differing := set(classes) ^ set(others):
         raise RunError(f"{printable(root)}: only one of train and test has {listing(differing)}")
     (train, train_labels), (test, test_labels) = (list_pictures(split, classes) for split in splits)
-    train_images, test_images = read_images(root, [train, test], size)
+    train_images, test_images = read_pictures(root, [train, test], size)
     return classes, (train_images, train_labels), (test_images, test_labels)
 
 
-def read_images(root: Path, splits: list[list[Path]], size: int) -> list[np.ndarray]:
+def read_pictures(root: Path, splits: list[list[Path]], size: int) -> list[np.ndarray]:
     """Return the pictures of both splits, decoded, or from the cache in `root` where not one has changed."""
     try:
         files = [(str(path).removeprefix(str(root)), os.stat(path)) for split in splits for path in split]

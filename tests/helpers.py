@@ -30,6 +30,7 @@ from training.data import Data
 REPOSITORY = Path(__file__).resolve().parent.parent
 CLASSES = ["cat", "dog", "ship"]
 CPU = torch.device("cpu")
+ON_CPU = ("--threads", 1, "--device", "cpu")  # one thread: see conftest.py
 
 
 # ---- Small data ----------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def start(variant: str, *flags: object, python: tuple[str, ...] = (), patch: str
         )
         script = ["-c", f"{patch}\n{runner}", *script]
     return subprocess.Popen(
-        [sys.executable, *python, *script, *map(str, ("--threads", 1, *flags))],
+        [sys.executable, *python, *script, *map(str, (*ON_CPU, *flags))],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options},
@@ -180,12 +181,12 @@ def run_here(main: Callable[[], object], *arguments: object) -> subprocess.Compl
 def run_script_here(variant: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run a script as `run_script` does, but in this process."""
     script = str(REPOSITORY / f"mobilenetv4_{variant}.py")
-    return run_here(lambda: runpy.run_path(script, run_name="__main__"), "--threads", 1, *arguments)
+    return run_here(lambda: runpy.run_path(script, run_name="__main__"), *ON_CPU, *arguments)
 
 
 def run_tiny(*arguments: object) -> subprocess.CompletedProcess:
     """Train the small network in this process, with the whole program of a script around it."""
-    return run_here(lambda: common.main("tiny", Tiny, lambda config: {}), "--threads", 1, "--device", "cpu", *arguments)
+    return run_here(lambda: common.main("tiny", Tiny, lambda config: {}), *ON_CPU, *arguments)
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -60,6 +60,13 @@ def test_a_bad_flag_of_the_throughput_benchmark_is_one_line(flags, message, caps
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_loop_that_a_user_would_write_has_the_same_network():
+    plain = throughput.Plain(throughput.parse(["--images", "4", "--batch-size", "2"]))
+    images = torch.zeros(2, 3, 32, 32)
+    assert plain.network.eval()(images).shape == MobileNetV4().eval()(images).shape == (2, 10)
+    assert count_parameters(plain.network) == count_parameters(MobileNetV4())
+
+
 def test_a_contender_of_the_throughput_benchmark_that_fails_is_named(monkeypatch):
     monkeypatch.setattr(throughput.sys, "executable", shutil.which("false"))
     result = run_here(throughput.main, "--contenders", "baseline")

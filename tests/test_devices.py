@@ -121,6 +121,13 @@ def test_bfloat16_is_chosen_on_a_cpu_that_computes_faster_in_it(processor, preci
     assert resolve(compile="off").precision == precision
 
 
+@pytest.mark.parametrize("supported", [False, True])
+def test_torch_2_10_which_does_not_tell_makes_apart_computes_in_bfloat16_where_it_can(supported, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported, raising=False)
+    assert resolve(compile="off").precision == ("bf16" if supported else "fp32")
+
+
 def test_compilation_is_chosen_by_the_length_of_the_whole_run_where_it_works(monkeypatch):
     monkeypatch.setattr(devices, "can_compile", lambda device: True)
     assert (resolve(epochs=10).compile, resolve(epochs=1, images=1000).compile) == ("on", "off")

@@ -103,9 +103,29 @@ def test_what_the_readme_says_of_several_processes_is_parsed(monkeypatch):
         assert parse_command_line("baseline").epochs == Config.epochs
 
 
-@pytest.mark.parametrize("document", ["README.md", "results/README.md", "results/throughput/README.md"])
+def anchors(document):
+    """Return the anchors that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", [REPOSITORY / "README.md", *sorted((REPOSITORY / "results").rglob("README.md"))])
 def test_every_link_leads_to_something(document):
-    folder = (REPOSITORY / document).parent
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (REPOSITORY / document).read_text())
-    assert document != "README.md" or links
-    assert [link for link in links if not (folder / link).exists()] == []
+    links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", document.read_text())
+    assert document.parent != REPOSITORY or links
+    for path, anchor in links:
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), anchor
+
+
+@pytest.mark.parametrize("variant", ["baseline", "enhanced"])
+def test_the_table_says_what_the_run_says_whose_curves_are_shown(variant):
+    folder = (REPOSITORY / re.search(r"!\[.*\]\((.*)\)", README)[1]).parent
+    (summary,) = (json.loads(file.read_text()) for file in folder.glob(f"{variant}*/summary.json"))
+    accuracy = summary["test_accuracy"]
+    (row,) = re.findall(rf"^\| {variant} \|.*$", README, re.M)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells.pop(3).startswith(f"{summary['seconds'] / 60:.1f} min")
+    accuracies = [f"{accuracy[weights]:.2f}%" for weights in ("averaged", "averaged_tta")]
+    assert cells == [variant, *accuracies, f"{summary['parameters']:,}", f"{summary['macs'] / 1e6:.1f} M"]

@@ -24,7 +24,7 @@ import tools
 import training.data
 from benchmarks.throughput import peak_memory
 from mobilenetv4_baseline import MobileNetV4
-from tools import evaluate, export, plot
+from tools import evaluate, export, plot, predict
 from training import checkpoint
 from training.augmentation import augment, draw_epoch
 from training.config import Config, RunError
@@ -374,24 +374,28 @@ def test_other_classes_are_refused_by_name(trained, tmp_path):
 # ---- Predict -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_any_size_and_mode_are_predicted_as_in_training(trained, tmp_path):
+@pytest.mark.parametrize("size", [32, 16])
+def test_pictures_of_any_size_and_mode_are_predicted_as_in_training(size, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 4)
     run, folders = trained
+    recipe = checkpoint.load(run / "checkpoint.pt")["recipe"] | {"image_size": size}
+    file = write_changed(run, tmp_path / "network.pt", image_size=size, recipe=recipe)
     pixels = random_images(1, 5)[0]
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).resize((320, 320), Image.Resampling.NEAREST).convert("RGBA").save(tmp_path / "b.png")
     Image.fromarray(pixels).convert("L").save(tmp_path / "c.jpg", quality=100)
-    result = run_tool("predict", run / "checkpoint.pt", tmp_path, folders / "test" / "dog", "--json")
+    result = run_tool("predict", file, tmp_path, folders / "test" / "dog", "--json")
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(rows) == 3 + 10
     assert [row["image"] for row in rows[:3]] == [str(tmp_path / name) for name in ("a.png", "b.png", "c.jpg")]
-    images = decode([row["image"] for row in rows], 32)
-    assert (images[0] == pixels).all()
-    expected = tools.logits_of(torch.from_numpy(images), tools.load_network(run / "checkpoint.pt")).softmax(1)
+    images = decode([row["image"] for row in rows], size)
+    assert images.shape == (13, size, size, 3) and (size < 32 or (images[0] == pixels).all())
+    expected = tools.logits_of(torch.from_numpy(images), tools.load_network(file)).softmax(1)
     found = torch.tensor([[row["probabilities"][name] for name in CLASSES] for row in rows])
     assert torch.allclose(found, expected, atol=2e-3)
     assert found.sum(1).tolist() == pytest.approx([1] * 13, abs=1e-4)
-    alone = run_tool("predict", run / "checkpoint.pt", tmp_path / "a.png", "--top", 2).stdout
+    alone = run_tool("predict", file, tmp_path / "a.png", "--top", 2).stdout
     assert alone.startswith(f"{tmp_path / 'a.png'}: ") and alone.count("\n") == 1
     printed = re.findall(r"(\w+) (\d+\.\d)%", alone)
     best = sorted(rows[0]["probabilities"].items(), key=lambda item: -item[1])[:2]

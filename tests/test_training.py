@@ -1,6 +1,7 @@
 """Optimizers, schedule, EMA, the loop and evaluation, each against a plain way of computing the same."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,14 @@ def test_the_network_sees_normalised_images():
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_loss_is_the_cross_entropy_with_smoothed_labels():
+    data, state = small_data(), new_tiny(ONE)
+    found = common.make_loss(state, data, ONE)(data.train_images, data.train_labels)
+    logs = common.make_forward(state.raw, data, ONE)(data.train_images).log_softmax(1)
+    smoothed = 0.9 * logs[torch.arange(23), data.train_labels] + 0.1 * logs.mean(1)
+    torch.testing.assert_close(found, -smoothed.mean())
+
+
 # ---- The loop ------------------------------------------------------------------------------------------------------
 
 
@@ -102,14 +111,15 @@ def test_gradients_are_clipped_only_when_asked():
     assert sizes[1] <= 1.001e-3
 
 
-def test_the_averaged_weights_are_the_moving_average_of_weights_and_statistics():
+def test_each_step_has_its_learning_rates_and_the_averaged_weights_are_the_moving_average():
     config, data = Config(epochs=10, batch_size=5, precision="fp32", ema_horizon=0.05), small_data()  # 2 of 40 steps
     state = new_tiny(config)
-    loss_of, path = common.make_loss(state, data, config), []
+    loss_of, path, rates = common.make_loss(state, data, config), [], []
 
     class Steps(tqdm):  # updated after each step
         def update(self, n=1):
             path.append([tensor.clone() for tensor in common.floating_tensors(state.raw)])
+            rates.append([{group["lr"] for group in optimizer.param_groups} for optimizer in state.optimizers])
 
     for epoch in range(1, 11):
         common.train_epoch(state, loss_of, data, config, epoch, Steps(disable=True))
@@ -117,7 +127,10 @@ def test_the_averaged_weights_are_the_moving_average_of_weights_and_statistics()
     for step, current in enumerate(path):
         new = max(1 / 2, 10 / (10 + step))  # a shorter horizon at first
         expected = [(1 - new) * old + new * latest for old, latest in zip(expected, current, strict=True)]
-    assert len(path) == 40
+    fractions = [common.schedule(step, 40, config.warmup) for step in range(40)]
+    assert rates == [
+        [{fraction * config.learning_rate}, {fraction * config.adam_learning_rate}] for fraction in fractions
+    ]
     for got, want in zip(common.floating_tensors(state.averaged), expected, strict=True):
         assert torch.allclose(got, want, atol=1e-5)
     assert not torch.allclose(state.averaged.norm.running_mean, state.raw.norm.running_mean, atol=1e-5)
@@ -143,12 +156,22 @@ def test_nothing_in_an_epoch_waits_for_the_device_but_its_end():
     assert counts[0] == counts[1] > 0
 
 
-def test_compiling_ahead_leaves_the_network_as_it_was():
+def test_compiling_leaves_the_network_as_it_was_and_gives_the_same_loss(monkeypatch, tmp_path):
+    """Compiled are the fast layers of a CPU; the backend that runs them needs no C++ compiler."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(devices, "can_compile", lambda device: True)
+    monkeypatch.setattr(devices, "compiled", lambda f, device: torch.compile(f, backend="aot_eager", dynamic=False))
     data, state = small_data(), train(ONE)[0]
     before = {name: tensor.clone() for name, tensor in state.raw.state_dict().items()}
-    common.compile_ahead(state.raw, common.make_loss(state, data, ONE), (data.train_images, data.train_labels))
+    compiled = common.make_loss(state, data, replace(ONE, compile="on"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.raw.state_dict().items())
     assert all(parameter.grad is None for parameter in state.raw.parameters())
+    gradients = []
+    for loss_of in (common.make_loss(state, data, ONE), compiled):
+        loss_of(data.train_images[:5], data.train_labels[:5]).backward()
+        gradients.append([parameter.grad for parameter in state.raw.parameters()])
+        state.raw.zero_grad()
+    torch.testing.assert_close(*gradients)
 
 
 # ---- Values that are not finite ------------------------------------------------------------------------------------
@@ -238,13 +261,6 @@ def test_without_flips_in_training_there_is_no_flip_averaging():
     state, data = train(ONE)[0], small_data()
     results = common.evaluate(state, data, Config(precision="fp32", flip="none"))
     assert set(results["test_accuracy"]) == set(results["test_loss"]) == {"raw", "averaged"}
-
-
-def test_a_held_out_accuracy_is_called_so():
-    state, _ = train(ONE)
-    results = common.evaluate(state, small_data(), Config(precision="fp32", holdout=3))
-    assert {"holdout_accuracy", "holdout_loss"} < set(results)
-    assert not any("test" in key for key in results)
 
 
 def test_the_confusion_matrix_of_very_many_classes_is_left_out():

@@ -58,6 +58,7 @@ def test_auto_takes_the_fastest_device_that_works(monkeypatch, here, requested, 
         ({"cuda": True}, "mps", "not available here, only cuda, cpu"),
         ({"mps": True}, "cuda", "not available here, only mps, cpu"),
         ({"mps": True, "torchrun": True}, "mps", "not available with torchrun, only cpu"),
+        ({"torchrun": True}, "cuda", "not available here, only cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch, here, requested, message):

@@ -40,7 +40,7 @@ def choose(requested: str) -> torch.device:
     for device in found:
         if requested in ("auto", device.type):
             return device
-    where = "with torchrun" if torchrun else "here"
+    where = "with torchrun" if torchrun and requested == "mps" else "here"
     raise RunError(f"--device {requested}: not available {where}, only {', '.join(device.type for device in found)}")
 
 

@@ -386,9 +386,9 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def evaluate(state: State, data: Data, config: Config, processes: Processes = ALONE) -> dict[str, Any]:
-    """Evaluate raw and averaged (EMA) weights on every test image, without and (where flips make sense) with flip TTA.
+    """Evaluate raw and EMA weights on every test image, without and (where flips make sense) with flip TTA.
 
-    The headline is that of the averaged weights; this choice was made on held-out images. Flip TTA, a test-time
+    The headline is that of the EMA weights; this choice was made on held-out images. Flip TTA, a test-time
     augmentation, adds the logits of an image and of its mirror image. Per-class accuracies and the confusion matrix
     (rows: true classes) are those of the headline weights without it.
     """

@@ -162,7 +162,7 @@ def report(rows: list[dict[str, str]], config: Config) -> Iterator[str]:
         verdict = "unknown noise" if math.isnan(error) else "within noise" if abs(value) <= error else ""
         return f"{value / len(names):+.2f} +- {error / len(names):.2f} {verdict}"
 
-    yield f"{split_name(config)}_accuracy after {config.epochs} epochs, averaged weights"
+    yield f"{split_name(config)}_accuracy after {config.epochs} epochs, EMA weights"
     yield f"{'':<28}{'runs':>5}{'mean':>8}{'sd':>7}   {'to the baseline':<29}{'to all three':<29}parameters"
     for name, values in accuracies.items():
         own = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "?"

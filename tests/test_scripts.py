@@ -115,7 +115,7 @@ def test_the_end_is_the_result_the_time_and_commands_that_can_be_copied(finished
     run, output = finished
     result = output.split("\n\n")[2].splitlines()
     headline = json.loads((run / "summary.json").read_text())["test_accuracy"]["averaged"]
-    assert f"test accuracy {headline:6.2f}%  averaged weights (headline)" in result
+    assert f"test accuracy {headline:6.2f}%  EMA weights (headline)" in result
     assert [line[:14] for line in result[:5]] == ["test accuracy "] * 4 + ["test loss     "]
     assert re.fullmatch(r"training time \d+ s \(\d+ seconds\); next:", result[5])
     commands = [shlex.split(line) for line in result[6:]]

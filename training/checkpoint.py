@@ -100,7 +100,7 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> No
 
 
 def load_pretrained(network: nn.Module, saved: dict[str, Any], classes: list[str]) -> None:
-    """Start from the averaged weights of another run; where its classes differ, from all but the classifier's."""
+    """Start from the EMA weights of another run; where its classes differ, from all but the classifier's."""
     own = {name: value for name, value in network.state_dict().items() if name.startswith("classifier.")}
     network.load_state_dict(saved["averaged"] | (own if saved["classes"] != classes else {}))
 

@@ -69,7 +69,7 @@ SCHEMA: dict[str, Callable[[Any], bool]] = {
     "std": lambda v: is_list(v, lambda x: is_number(x, 1e-6, 1), 3, 3),
     "init_from": lambda v: v is None or is_text(v),  # checksum of the weights that the run started from
     "epoch": lambda v: type(v) is int and 1 <= v <= 10**6,
-    "model": is_weights,  # empty in a file of averaged weights alone
+    "model": is_weights,  # empty in a file of EMA weights alone
     "averaged": is_weights,
 }
 OPTIONAL: dict[str, Callable[[Any], bool]] = {

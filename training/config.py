@@ -33,7 +33,7 @@ class Config:
     epochs: int = setting(45, "passes over the training images", 1, 1e6)
     batch_size: int = setting(128, "images per step", 2, 1e6)
     learning_rate: float = setting(0.025, "peak learning rate of Muon, which trains most matrices", 0, 1e30)
-    adam_learning_rate: float = setting(0.008, "peak learning rate of AdamW, which trains the rest", 0, 1e30)
+    adam_learning_rate: float = setting(0.004, "peak learning rate of AdamW, which trains the rest", 0, 1e30)
     warmup: float = setting(0.1, "fraction of all steps in which the learning rate rises to its peak", 0, 0.999)
     momentum: float = setting(0.9, "Nesterov momentum of Muon", 0, 0.999)
     weight_decay: float = setting(0.05, "weight decay, not of BN and biases", 0, 100)

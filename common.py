@@ -342,7 +342,7 @@ def check_finite(state: State, logits: Tensor, epoch: int, rate: float) -> None:
     """Stop if a weight, a BN statistic, a logit or an optimizer's state is not finite, which finite losses can hide."""
     tensors = {"a logit of the evaluation": logits.to(next(state.raw.parameters()).device)}
     for weights, network in (("raw", state.raw), ("averaged", state.averaged)):
-        tensors |= {f"{name} of the {weights} weights": tensor for name, tensor in network.state_dict().items()}
+        tensors |= {f"{name} of the {report.WEIGHTS[weights]}": tensor for name, tensor in network.state_dict().items()}
     for optimizer in state.optimizers:
         for index, values in enumerate(optimizer.state.values()):
             of = f"of {type(optimizer).__name__}'s weight {index}"

@@ -492,8 +492,10 @@ def test_a_bad_loss_stops_the_run_before_its_epoch_is_saved(tmp_path, monkeypatc
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("network", ["raw", "averaged"])
-def test_a_bad_statistic_behind_good_losses_stops_the_run_before_its_epoch_is_saved(network, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("network", "weights"), [("raw", "raw weights"), ("averaged", "EMA weights")])
+def test_a_bad_statistic_behind_good_losses_stops_the_run_before_its_epoch_is_saved(
+    network, weights, tmp_path, monkeypatch
+):
     train_epoch = common.train_epoch
 
     def bad_in_epoch_2(state: State, *arguments: object) -> tuple[float, float]:
@@ -503,7 +505,7 @@ def test_a_bad_statistic_behind_good_losses_stops_the_run_before_its_epoch_is_sa
         return result
 
     monkeypatch.setattr(common, "train_epoch", bad_in_epoch_2)
-    message = rf"norm\.running_var of the {network} weights is not finite after epoch 2"
+    message = rf"norm\.running_var of the {weights} is not finite after epoch 2"
     with pytest.raises(RunError, match=message):
         train_in(tmp_path, THREE_EPOCHS)
     assert epoch_of(tmp_path) == 1

@@ -196,7 +196,7 @@ def test_evaluation_repeats_the_accuracies_of_the_run(trained):
                 )
     table = run_tool("evaluate", run / "checkpoint.pt", "--data-dir", folders).stdout
     assert f"top-1 accuracy     {summary['test_accuracy']['averaged']:6.2f}%" in table
-    assert table.startswith(f"test: 30 images, the run's own (pictures in {folders})\n")
+    assert table.startswith(f"test: 30 images, the run's own (pictures in {folders})\nEMA weights\n")
     assert "top-5" not in table  # of three classes
     assert all(name in table for name in CLASSES)
 

@@ -191,15 +191,15 @@ def test_a_loss_that_is_not_finite_stops_its_epoch_with_step_and_rate(bad_step, 
         common.train_epoch(state, loss_of, data, ONE, 1, tqdm(disable=True))
 
 
-@pytest.mark.parametrize("where", ["raw", "averaged"])
-def test_a_weight_a_statistic_or_a_logit_that_is_not_finite_is_caught_behind_a_finite_loss(where):
+@pytest.mark.parametrize(("where", "weights"), [("raw", "raw weights"), ("averaged", "EMA weights")])
+def test_a_weight_a_statistic_or_a_logit_that_is_not_finite_is_caught_behind_a_finite_loss(where, weights):
     state, _ = train(ONE)
     common.check_finite(state, torch.ones(2, 3), 1, 0.05)
     with pytest.raises(RunError, match=r"logit .* after epoch 1, with a learning rate of up to 0\.05"):
         common.check_finite(state, torch.tensor([1.0, math.nan]), 1, 0.05)
     for value in (math.nan, math.inf, -math.inf):
         getattr(state, where).norm.running_var[0] = value
-        with pytest.raises(RunError, match=rf"norm\.running_var of the {where} weights"):
+        with pytest.raises(RunError, match=rf"norm\.running_var of the {weights}"):
             common.check_finite(state, torch.ones(2, 3), 1, 0.05)
 
 

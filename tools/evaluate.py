@@ -21,6 +21,7 @@ from common import by_class, predict, score
 from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
 from training.config import RunError, printable
 from training.cpu import keep_freed_memory
+from training.report import WEIGHTS
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -68,7 +69,7 @@ def report(results: dict[str, Any]) -> str:
     whose = {True: ", the run's own", False: ", not the run's own, or in another order", None: ""}[results["own"]]
     flip = ", with flip TTA" * results["flip"]
     lines = [f"{results['split']}: {results['images']:,} images{whose} ({printable(results['data'])})"]
-    lines.append(f"{results['weights']} weights{flip}\n")
+    lines.append(f"{WEIGHTS[results['weights']]}{flip}\n")
     lines.append(f"top-1 accuracy     {results['top1']:6.2f}%")
     if "top5" in results:
         lines.append(f"top-5 accuracy     {results['top5']:6.2f}%")

@@ -20,6 +20,7 @@ from training.processes import Processes
 from training.summary import count_macs, count_parameters
 
 Row = dict[str, float]  # of metrics.csv
+WEIGHTS = {"raw": "raw weights", "averaged": "EMA weights"}  # names for people of the keys in files
 
 
 def split_name(config: Config) -> str:
@@ -120,10 +121,9 @@ def print_result(folder: RunFolder, results: dict[str, Any], config: Config) -> 
     split = split_name(config)
     print()
     for weights, value in results[f"{split}_accuracy"].items():
-        kind = "raw" if weights.startswith("raw") else "EMA"
-        name = f"{kind} weights{' + flip TTA' * weights.endswith('_tta')}"
+        name = WEIGHTS[weights.removesuffix("_tta")] + " + flip TTA" * weights.endswith("_tta")
         print(f"{split} accuracy {value:6.2f}%  {name}{' (headline)' * (weights == 'averaged')}")
-    print(f"{split} loss     {results[f'{split}_loss']['averaged']:7.4f}  EMA weights")
+    print(f"{split} loss     {results[f'{split}_loss']['averaged']:7.4f}  {WEIGHTS['averaged']}")
     print(f"training time {duration(results['seconds'])} ({results['seconds']:,.0f} seconds); next:")
     checkpoint, run = (shlex.quote(path.as_posix()) for path in (folder.checkpoint, folder.path))
     for command in (f"evaluate {checkpoint}", f"predict {checkpoint} PICTURE", f"plot {run}"):

@@ -13,7 +13,6 @@ interrupted run resumes as if nothing had happened.
 import contextlib
 import copy
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from training import checkpoint, devices, report
 from training.augmentation import augment, draw_epoch, random_generator
 from training.checkpoint import State
-from training.config import Config, RunError, errors_in_one_line, parse_command_line
+from training.config import Config, RunError, errors_in_one_line, parse_command_line, stop_on_interrupt
 from training.cpu import keep_freed_memory
 from training.data import Data, load_data
 from training.files import RunFolder, open_run_folder
@@ -254,8 +253,6 @@ def train_epoch(
         loss = loss_of(*augment(data, drawn, slice(start, start + share), config))
         loss.backward()
         processes.average([parameter.grad for parameter in state.raw.parameters()])
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(state.raw.parameters(), config.clip_norm)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * fraction
@@ -418,17 +415,6 @@ def by_class(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, An
 
 
 # ---- The program ---------------------------------------------------------------------------------------------------
-
-
-def stop_on_interrupt() -> None:
-    """End at once on Ctrl-C: an exception could be swallowed by code that is compiling."""
-
-    def stop(*_: Any) -> None:
-        os.write(2, b"\ninterrupted; the same command (without --fresh) resumes after the last finished epoch\n")
-        os._exit(130)
-
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
-        signal.signal(signal.SIGINT, stop)
 
 
 def main(name: str, build: Callable[..., nn.Module], arguments: Callable[[Config], dict[str, Any]]) -> None:

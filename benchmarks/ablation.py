@@ -120,6 +120,8 @@ def main() -> None:
             raise RunError("--init-from: the networks begin at random here")
         if config.summary:
             raise RunError("--summary: the scripts print it")
+        if config.seed or config.output_dir != Path("runs", "ablation"):
+            raise RunError("--seed, --output-dir: each run has its own; see --seeds and --runs")
         data = load_data(config, torch.device("cpu")).fingerprint
         settings = {key: value for key, value in config.recipe().items() if key != "seed"}
         same = {"settings": "; ".join(f"{key} {value}" for key, value in settings.items()), "data": data}

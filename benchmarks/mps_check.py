@@ -27,7 +27,7 @@ from training import devices
 from training.augmentation import augment, draw_epoch
 from training.config import Config, argument, one_line
 from training.cpu import keep_freed_memory
-from training.data import Data
+from training.data import random_data
 
 CPU = torch.device("cpu")
 SETTINGS = {  # what is timed
@@ -35,14 +35,6 @@ SETTINGS = {  # what is timed
     "eager bf16": dict(precision="bf16", compile="off"),
     "compiled fp32": dict(precision="fp32", compile="on"),
 }
-
-
-def random_data(count: int, device: torch.device) -> Data:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
-    labels = (torch.arange(count) % 10).to(device)
-    classes = [str(label) for label in range(10)]
-    return Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
 
 
 def gradients(build: Callable[..., nn.Module], config: Config, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A second look at a network that nobody tuned to: accuracy on the test images shifted by two pixels.
+"""Robustness: accuracy on the test images shifted by two pixels.
 
     python -m benchmarks.shifts runs/baseline/checkpoint.pt
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import common
-from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
+from tools import add_device, add_images, exit_in_one_line, load_images, load_network, new_parser
 from training.augmentation import shift_and_flip
 from training.config import printable
 from training.cpu import keep_freed_memory
@@ -34,10 +34,7 @@ def shift(images: Tensor, down: int, right: int) -> Tensor:
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="of a run, or of tools.export")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
-    )
-    parser.add_argument("--test-set", action="store_true", help="the test images, even where the run had --holdout")
+    add_images(parser)
     parser.add_argument(
         "--pixels", type=int, default=2, choices=range(1, 16), metavar="N", help="of a shift (default: %(default)s)"
     )

@@ -30,12 +30,11 @@ from torchvision import transforms
 from tqdm import tqdm
 
 import common
-from benchmarks.mps_check import random_data
 from mobilenetv4_baseline import MobileNetV4
-from tools import BUILDERS, exit_in_one_line, optional
+from tools import BUILDERS, exit_in_one_line, new_parser, optional
 from training import cpu, devices
 from training.config import Config, RunError, argument
-from training.data import load_data
+from training.data import load_data, random_data
 from training.muon import Muon
 from training.summary import count_macs, count_parameters
 
@@ -318,7 +317,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     default = "(default: %(default)s)"
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default="cpu", help=f"where to train {default}")
     parser.add_argument(
@@ -366,7 +365,7 @@ def report(
     for name in [] if options.levers else results:
         shares = turn(f"profile {name}", arguments)
         yield f"{name}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005)
-    for name in [] if options.levers else results.keys() & BUILDERS.keys():
+    for name in [] if options.levers else [name for name in results if name in BUILDERS]:
         precision = results[name][0]["about"][:4]
         found = limits(name, torch.device(options.device), precision)
         yield (

@@ -31,7 +31,7 @@ import common
 from benchmarks.shifts import shift
 from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser
 from training import devices
-from training.augmentation import augment, draw_epoch, random_generator
+from training.augmentation import augment, draw_epoch
 from training.config import DEVICES, Config, RunError, argument, flag
 from training.cpu import keep_freed_memory
 from training.data import Data, load_data
@@ -191,8 +191,7 @@ def deployed(trained: Trained, data: Data) -> str:
     """Return size and latency of the network as ONNX, in float32 and in 8 bits."""
     trained = replace(trained, network=trained.network.cpu(), device=torch.device("cpu"))
     content = export.to_onnx(trained)
-    chosen = torch.randperm(len(data.train_images), generator=random_generator(0, 0))[:1024]
-    small = export.quantize(content, export.pixels(data.train_images[chosen]))
+    small = export.quantize(content, export.calibration_images(data))
     parts = []
     for model in (content, small):
         milliseconds = export.latency(export.run_onnx(model), 32)

@@ -226,6 +226,12 @@ def test_runs_with_other_settings_are_another_ablation(monkeypatch, tmp_path, ca
     assert "after 7 epochs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags", [("--seed", "1"), ("--output-dir", "elsewhere")])
+def test_the_ablation_refuses_a_seed_and_a_folder_for_all_runs(flags, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="each run has its own"):
+        run_ablation(monkeypatch, tmp_path, *flags)
+
+
 def test_a_run_of_the_ablation_is_a_training_like_any_other(monkeypatch, folders, tmp_path):
     def run(command):
         assert command[:3] == [sys.executable, "-m", "benchmarks.ablation"]

@@ -122,6 +122,14 @@ def test_bfloat16_is_chosen_on_a_cpu_that_computes_faster_in_it(processor, preci
     assert resolve(compile="off").precision == precision
 
 
+def test_the_name_of_a_cpu_says_whether_it_has_amx(monkeypatch):
+    known = {"cpu_name": "Intel Xeon", "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    without = devices.describe(torch.device("cpu"))
+    known["amx_bf16"] = True
+    assert without.startswith("cpu (Intel Xeon, ") and devices.describe(torch.device("cpu")) == without[:-1] + ", AMX)"
+
+
 @pytest.mark.parametrize("supported", [False, True])
 def test_torch_2_10_which_does_not_tell_makes_apart_computes_in_bfloat16_where_it_can(supported, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)

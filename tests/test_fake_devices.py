@@ -142,7 +142,7 @@ def train_and_predict(kind, build):
         labels = torch.zeros(4, dtype=torch.int64, device=FAKE)
         classes = [str(label) for label in range(10)]
         data = Data("", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")
-        config = Config(batch_size=4, epochs=1, precision=devices.fastest_precision(FAKE), compile="off", clip_norm=1)
+        config = Config(batch_size=4, epochs=1, precision=devices.fastest_precision(FAKE), compile="off")
         state = common.new_state(build, {}, data, config, None)
         record.buffers = {storage(buffer) for buffer in state.raw.buffers()}
         record.statistics = {storage(buffer) for buffer in common.floating_buffers(state.raw)}

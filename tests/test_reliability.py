@@ -40,7 +40,7 @@ from helpers import (
 import common
 from training import checkpoint, devices, files
 from training.checkpoint import State
-from training.config import Config, RunError
+from training.config import Config, RunError, stop_on_interrupt
 from training.files import RunFolder, open_run_folder
 
 EPOCHS = 5
@@ -325,7 +325,7 @@ def test_code_that_swallows_exceptions_does_not_make_a_run_deaf_to_ctrl_c():
     def swallow() -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(BaseException):
-            common.stop_on_interrupt()
+            stop_on_interrupt()
             signal.raise_signal(signal.SIGINT)
         return 7
 
@@ -335,7 +335,7 @@ def test_code_that_swallows_exceptions_does_not_make_a_run_deaf_to_ctrl_c():
 def test_a_run_in_the_background_stays_deaf_to_ctrl_c():
     def ignore() -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does after `&`
-        common.stop_on_interrupt()
+        stop_on_interrupt()
         signal.raise_signal(signal.SIGINT)
         return 7
 
@@ -348,7 +348,7 @@ def test_a_second_run_in_a_busy_folder_that_is_interrupted_touches_nothing_of_th
 
     def interrupt(*_: object, **__: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        common.stop_on_interrupt()
+        stop_on_interrupt()
         signal.raise_signal(signal.SIGINT)
 
     with open_run_folder(half_done):

@@ -180,9 +180,9 @@ for tool, *flags in ((predict, checkpoint, picture), (export, checkpoint, onnx),
 def test_evaluation_repeats_the_accuracies_of_the_run(trained):
     run, folders = trained
     summary = json.loads((run / "summary.json").read_text())
-    for weights in ("raw", "averaged"):
+    for flag, weights in (("raw", "raw"), ("ema", "averaged")):
         for flip in ("", "_tta"):
-            options = ["--weights", weights, "--json"] + ["--flip"] * bool(flip)
+            options = ["--weights", flag, "--json"] + ["--tta"] * bool(flip)
             result = run_tool("evaluate", run / "checkpoint.pt", *options)
             assert result.returncode == 0, result.stderr
             found = json.loads(result.stdout)
@@ -248,7 +248,7 @@ def test_a_run_that_held_images_out_is_evaluated_on_them_and_on_the_test_set_onl
     assert table.startswith("holdout: 6 images, the run's own (") and "6 training images held out" in table
     others = write_folders(tmp_path / "others", train=41)
     table = run_tool("evaluate", tuning / "checkpoint.pt", "--data-dir", others).stdout
-    assert table.startswith("holdout: 6 images, not the run's own, or in another order (")
+    assert table.startswith("holdout: 6 images, not those of the run, or in another order (")
     exported = run_tool("export", tuning / "checkpoint.pt", tmp_path / "net.pt2", "--data-dir", folders).stdout
     assert exported.split()[:2] == ["holdout", "accuracy"]
 
@@ -285,7 +285,7 @@ def test_a_network_of_drawn_shapes_is_evaluated_on_them(trained, tmp_path, monke
 def test_flip_averaging_is_refused_where_the_training_did_without_flips(trained, tmp_path):
     recipe = checkpoint.load(trained[0] / "checkpoint.pt")["recipe"] | {"flip": "none"}
     file = write_changed(trained[0], tmp_path / "digits.pt", recipe=recipe)
-    result = run_tool("evaluate", file, "--data-dir", trained[1], "--flip")
+    result = run_tool("evaluate", file, "--data-dir", trained[1], "--tta")
     assert result.returncode == 1 and "--flip none" in result.stderr and result.stderr.count("\n") == 1
     assert run_tool("evaluate", file, "--data-dir", trained[1]).returncode == 0
 

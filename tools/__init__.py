@@ -32,6 +32,14 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which images: the arguments of load_images."""
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
+    )
+    parser.add_argument("--test-set", action="store_true", help="the test images, even where the run had --holdout")
+
+
 @contextlib.contextmanager
 def exit_in_one_line() -> Iterator[None]:
     """End the program with one line and status 1 on an expected failure, with status 130 on Ctrl-C."""

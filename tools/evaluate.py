@@ -1,7 +1,7 @@
 """Evaluate a trained network on the images that its run was evaluated on, or on others.
 
     python -m tools.evaluate runs/baseline/checkpoint.pt
-    python -m tools.evaluate results/weights/enhanced.pt --data-dir pictures/test --flip --json
+    python -m tools.evaluate results/weights/enhanced.pt --data-dir pictures/test --tta --json
 
 Prints top-1 accuracy, top-5 where there are more than five classes, the cross-entropy, the expected calibration error,
 precision and recall of each class, and the confusion matrix. A run with --holdout is evaluated on its held-out images.
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from common import by_class, predict, score
-from tools import add_device, exit_in_one_line, load_images, load_network, new_parser
+from tools import add_device, add_images, exit_in_one_line, load_images, load_network, new_parser
 from training.config import RunError, printable
 from training.cpu import keep_freed_memory
-from training.report import WEIGHTS
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -66,10 +65,10 @@ def precision_and_recall(predicted: Tensor, labels: Tensor, classes: list[str]) 
 
 def report(results: dict[str, Any]) -> str:
     """Return the measures as a text for people."""
-    whose = {True: ", the run's own", False: ", not the run's own, or in another order", None: ""}[results["own"]]
-    flip = ", with flip TTA" * results["flip"]
+    whose = {True: ", the run's own", False: ", not those of the run, or in another order", None: ""}[results["own"]]
+    weights = "EMA weights" if results["weights"] == "ema" else "raw weights"
     lines = [f"{results['split']}: {results['images']:,} images{whose} ({printable(results['data'])})"]
-    lines.append(f"{WEIGHTS[results['weights']]}{flip}\n")
+    lines.append(f"{weights}{', with flip TTA' * results['tta']}\n")
     lines.append(f"top-1 accuracy     {results['top1']:6.2f}%")
     if "top5" in results:
         lines.append(f"top-5 accuracy     {results['top5']:6.2f}%")
@@ -94,31 +93,30 @@ def report(results: dict[str, Any]) -> str:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     trained = load_network(options.checkpoint, weights=options.weights, on=options.device)
-    if options.flip and trained.config.flip == "none":
-        raise RunError("--flip: this network was trained with --flip none, so that mirror images mean nothing to it")
+    if options.tta and trained.config.flip == "none":
+        raise RunError("--tta: this network was trained with --flip none, so that mirror images mean nothing to it")
     with contextlib.redirect_stdout(sys.stderr):  # notices
         data, facts = load_images(trained, options.data_dir, test_set=options.test_set)
     logits = predict(trained.network, data.test_images, data, trained.config)
-    if options.flip:
+    if options.tta:
         logits = (logits + predict(trained.network, data.test_images, data, trained.config, flip=True)) / 2
-    facts |= {"checkpoint": str(options.checkpoint), "weights": options.weights, "flip": options.flip}
+    facts |= {"checkpoint": str(options.checkpoint), "weights": options.weights, "tta": options.tta}
     return facts | measure(logits, data.test_labels.cpu(), data.classes)
 
 
 def main() -> None:
     parser = new_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run, or a .pt file of tools.export")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="as in training, or a folder per class (default: the run's images)"
-    )
-    parser.add_argument("--test-set", action="store_true", help="the test images, even where the run had --holdout")
+    add_images(parser)
     parser.add_argument(
         "--weights",
-        choices=("averaged", "raw"),
-        default="averaged",
-        help="averaged: the EMA; raw: after the last step (default: %(default)s)",
+        choices=("ema", "raw"),
+        default="ema",
+        help="ema: moving average; raw: after the last step (default: %(default)s)",
     )
-    parser.add_argument("--flip", action="store_true", help="test-time augmentation: average with the mirror image")
+    parser.add_argument(
+        "--tta", action="store_true", help="flip TTA: average the logits with those of the mirror image"
+    )
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -164,6 +164,12 @@ def pixels(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray((images.cpu().float() / 255).permute(0, 3, 1, 2).numpy())
 
 
+def calibration_images(data: Data) -> np.ndarray:
+    """Draw 1,024 training images, the same at each call, as `pixels` returns them."""
+    chosen = torch.randperm(len(data.train_images), generator=random_generator(0, 0))[:1024]
+    return pixels(data.train_images[chosen])
+
+
 def check(run: Run, trained: Trained, file: Path) -> None:
     """Refuse logits that differ from those of the network as it was trained, unfolded, for one image or several."""
     mean, std = (torch.tensor(trained.saved[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -241,8 +247,7 @@ def export(options: argparse.Namespace) -> None:
     print(f"{'':<8}{facts['split'] + ' accuracy':>17}{'size':>12}{'one image':>12}")
     print(describe("float32", run, file, trained.config.image_size, data))
     if options.int8:
-        chosen = torch.randperm(len(data.train_images), generator=random_generator(0, 0))[:1024]
-        images = pixels(data.train_images[chosen])
+        images = calibration_images(data)
         content = quantize(content, images)
         run = run_onnx(content)
         if not np.isfinite(run(images[:5])).all():

@@ -39,12 +39,12 @@ class Trained:
     device: torch.device
 
 
-def load_network(path: Path, *, weights: str = "averaged", on: str = "cpu") -> Trained:
+def load_network(path: Path, *, weights: str = "ema", on: str = "cpu") -> Trained:
     """Load the network of a checkpoint of either script, or of `tools.export`.
 
     Args:
         path: The checkpoint.
-        weights: "averaged", or "raw", which a file of weights alone does not hold.
+        weights: "ema", or "raw", which a file of weights alone does not hold.
         on: The device, as `--device` takes it.
 
     Raises:
@@ -64,7 +64,7 @@ def build_network(saved: dict[str, Any], weights: str) -> nn.Module:
     """Build on the meta device, which needs no memory whatever widths the file asks for, then assign the weights."""
     if saved["variant"] not in BUILDERS:
         raise ValueError(f"its variant is {saved['variant']}, known are {', '.join(BUILDERS)}")
-    values = saved["model" if weights == "raw" else weights]
+    values = saved[{"ema": "averaged", "raw": "model"}[weights]]
     if not values:
         raise ValueError(f"it holds no {weights} weights")
     with torch.device("meta"):

@@ -1,10 +1,11 @@
-"""The configuration of a run, its command-line flags, and one-line errors."""
+"""The configuration of a run, its command-line flags, one-line errors, and Ctrl-C."""
 
 import argparse
 import contextlib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -38,7 +39,6 @@ class Config:
     momentum: float = setting(0.9, "Nesterov momentum of Muon", 0, 0.999)
     weight_decay: float = setting(0.05, "weight decay, not of BN and biases", 0, 100)
     label_smoothing: float = setting(0.1, "probability spread over all classes", 0, 0.999)
-    clip_norm: float = setting(0.0, "maximum gradient norm, 0 disables", 0, 1e30)
     ema_horizon: float = setting(0.05, "EMA horizon as a fraction of all steps, ramped up at the start", 0, 0.999)
     crop_padding: int = setting(4, "maximum random shift in pixels", 0, 511)
     flip: str = setting(
@@ -157,7 +157,7 @@ def parse_command_line(name: str) -> Config:
         parser.error(str(error))
 
 
-# ---- Errors --------------------------------------------------------------------------------------------------------
+# ---- Errors and Ctrl-C ---------------------------------------------------------------------------------------------
 
 
 def one_line(error: Exception) -> str:
@@ -191,3 +191,14 @@ def errors_in_one_line(advice: str = "") -> Iterator[None]:
         if isinstance(error, MemoryError) or re.search(no_memory, str(error)):
             sys.exit(f"error: out of memory{advice}")
         raise
+
+
+def stop_on_interrupt() -> None:
+    """End at once on Ctrl-C: an exception could be swallowed by code that is compiling."""
+
+    def stop(*_: Any) -> None:
+        os.write(2, b"\ninterrupted; the same command (without --fresh) resumes after the last finished epoch\n")
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in the background
+        signal.signal(signal.SIGINT, stop)

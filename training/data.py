@@ -79,3 +79,12 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = counts @ values / pixels
     variance = counts @ values**2 / pixels - mean**2
     return mean.tolist(), np.sqrt(np.maximum(variance, 1e-5)).tolist()
+
+
+def random_data(count: int, device: torch.device) -> Data:
+    """Return `count` random images, 32 x 32, of ten classes, for measurements."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator).to(device)
+    labels = (torch.arange(count) % 10).to(device)
+    classes = [str(label) for label in range(10)]
+    return Data("random", classes, images, labels, images, labels, [0.5] * 3, [0.25] * 3, "")

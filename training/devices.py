@@ -70,8 +70,10 @@ def describe(device: torch.device) -> str:
     """Return a device's name for people."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
-    name = capabilities().get("cpu_name") or platform.processor() or platform.machine()
-    return f"{device.type} ({name}, {torch.backends.cpu.get_cpu_capability()})"
+    known = capabilities()
+    name = known.get("cpu_name") or platform.processor() or platform.machine()
+    amx = ", AMX" * bool(known.get("amx_bf16"))  # which some virtual machines hide
+    return f"{device.type} ({name}, {torch.backends.cpu.get_cpu_capability()}{amx})"
 
 
 # ---- What suits a device -------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from training.files import atomic_write, check_archive
 Arrays = tuple[np.ndarray, np.ndarray]  # images (N, H, W, 3) uint8, labels (N,) int64
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF")  # some others would start programs
+FIT = 2  # version of fit_image: raised when it changes, so that no older cache is used
 MAX_PIXELS = 50_000_000  # of one picture while it is decoded, which takes up to 20 bytes for each
 BAR = dict(desc="reading images", unit="", leave=False, disable=None)
 
@@ -140,7 +141,7 @@ def read_pictures(root: Path, splits: list[list[Path]], size: int) -> list[np.nd
     except OSError as error:  # such as a link to nowhere
         refuse(error)
     about = [(name, s.st_size, s.st_mtime_ns, s.st_ino, s.st_ctime_ns) for name, s in files]
-    key, cache = sha256(repr(("fit 2", size, about)).encode()).hexdigest(), root / f".cache-{size}px.npz"
+    key, cache = sha256(repr((f"fit {FIT}", size, about)).encode()).hexdigest(), root / f".cache-{size}px.npz"
     images = read_cache(cache, key, [(len(split), size, size, 3) for split in splits]) if cache.is_file() else None
     if images is None:
         with tqdm(total=len(files), **BAR) as bar:

@@ -71,7 +71,7 @@ def print_header(facts: dict[str, Any], identity: dict[str, Any], config: Config
         now, then = environment(facts), saved.get("environment", {})
         changed = [f"{key} was {then.get(key)} and is now {now[key]}" for key in now if then.get(key) != now[key]]
         on_cpu = facts["device"].startswith("cpu")
-        exact = "bit for bit as if never interrupted" if on_cpu else "bit for bit on CPUs only"
+        exact = "bit for bit as if never interrupted" if on_cpu else "on this device not bit for bit"
         if changed:
             exact = f"but not bit for bit: {'; '.join(changed)}"
         print(f"          resuming after epoch {done}, {printable(exact)}")

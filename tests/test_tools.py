@@ -335,7 +335,7 @@ def test_measures_are_those_of_their_definitions():
         assert found["confusion_matrix"][index][index] == hits
     assert np.sum(found["confusion_matrix"]) == 400
     many = evaluate.measure(torch.eye(301), torch.arange(301), [str(index) for index in range(301)])
-    text = evaluate.report(many | {"split": "test", "own": True, "data": "", "weights": "raw", "flip": False})
+    text = evaluate.report(many | {"split": "test", "own": True, "data": "", "weights": "raw", "tta": False})
     assert text.endswith("\nconfusion matrix left out: 301 classes")
 
 

@@ -215,7 +215,8 @@ def train(
             row = {"epoch": epoch, "learning_rate": round(rate, 6), "loss": round(loss, 4)}
             row |= {f"{split}_{name}": round(value, 4) for name, value in score(logits, data.test_labels).items()}
             now = time.perf_counter()
-            left, seconds, begun = (config.epochs - epoch) * (now - start), now - begun, now
+            left = (config.epochs - epoch) * (now - start)
+            seconds, begun = now - begun, now  # with compilation, or the save of the epoch before
             rows.append(row | {"images_per_second": round(speed, 1), "seconds": round(seconds, 1)})
             if writes:
                 folder.check_lock()

@@ -143,7 +143,7 @@ def report(rows: list[dict[str, str]], config: Config) -> Iterator[str]:
 
     The standard deviation of one run is taken as the same for all networks and pooled over them. A difference of two
     means is within its noise when it is at most two of its standard errors, the noise being that of the seed; of twenty
-    differences that are none, one is expected outside of it. Settings are those tuned on the baseline.
+    differences that are none, one is expected outside of it.
     """
     accuracies: dict[str, list[float]] = {}
     for name in IDEAS:

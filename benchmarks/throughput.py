@@ -77,7 +77,7 @@ def set_up(name: str) -> torch.device:
 
 
 class Ours:
-    """The project's loop with its defaults, whole epochs of `count` images, or the same without a lever."""
+    """The project's loop with its defaults, whole epochs of `--images` images, or the same without a lever."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         lever = LEVERS.get(name.removeprefix("without "), {})
@@ -300,8 +300,10 @@ def start_up(arguments: list[str]) -> float:
     for _ in range(4):
         environment = {**os.environ, "STARTED": str(time.time())}
         command = [sys.executable, "-m", "benchmarks.throughput", "--work", "start", *arguments]
-        output = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
-        seconds.append(float(output.split()[-1]))  # after notices of the data
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise RunError("the start-up: failed")
+        seconds.append(float(done.stdout.split()[-1]))  # after notices of the data
     return statistics.median(seconds[1:])
 
 
@@ -311,8 +313,10 @@ def start_up(arguments: list[str]) -> float:
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     name = name.replace("-", "_")
-    if name not in Config().recipe():
-        raise argparse.ArgumentTypeError(f"expected a setting of the training and its value, as epochs=8, got {text!r}")
+    if name not in Config().recipe() or name in ("batch_size", "image_size"):  # which the plain loop would not share
+        raise argparse.ArgumentTypeError(
+            f"expected a setting of our loop alone and its value, as epochs=8, got {text!r}"
+        )
     return name, type(getattr(Config(), name))(value)
 
 

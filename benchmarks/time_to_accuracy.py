@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import common
 from benchmarks.shifts import shift
-from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser
+from tools import Trained, exit_in_one_line, export, load_images, load_network, new_parser, optional
 from training import devices
 from training.augmentation import augment, draw_epoch
 from training.config import DEVICES, Config, RunError, argument, flag
@@ -212,6 +212,7 @@ def main() -> None:
         if not re.fullmatch(r"airbench94|(baseline|enhanced):[1-9]\d*", contender):
             parser.error(f"{contender}: expected airbench94, baseline:EPOCHS or enhanced:EPOCHS")
     with exit_in_one_line():
+        optional("onnx", "onnxscript", "onnxruntime")  # now, and not after hours of training
         keep_freed_memory()
         print(f"{'':<14}{'minutes':>8}{'one view':>10}{'two':>8}{'six':>8}{'parameters':>12}{'M MACs':>8}", end="")
         print(f"{'float32':>19}{'int8':>19}")

@@ -49,7 +49,8 @@ def test_the_throughput_benchmark_prints_rates_ratios_shares_and_limits(monkeypa
     ("flags", "message"),
     [
         ("--contenders baselin", "invalid choice: 'baselin'"),
-        ("--set epoch=8", "expected a setting of the training and its value, as epochs=8, got 'epoch=8'"),
+        ("--set epoch=8", "expected a setting of our loop alone and its value, as epochs=8, got 'epoch=8'"),
+        ("--set batch-size=64", "expected a setting of our loop alone and its value, as epochs=8, got 'batch-size=64'"),
         ("--images 100", "--images 100: less than --batch-size 128"),
         ("--turns 0", "from 1 to 1,000,000, got '0'"),
     ],

@@ -208,12 +208,13 @@ def test_every_usual_ending_is_taken_in_training_and_prediction_whatever_its_cas
 
 
 def test_files_with_other_endings_are_counted_in_one_notice_without_hidden_ones(root, capsys):
-    for name in ("cat/a.heic", "dog/b.TXT", "dog/c.txt", "dog/README", "dog/.DS_Store", "cat/._x.heic"):
+    pictures = sorted((root / "train").rglob("*.png"))
+    for name in ("cat/a.heic", "dog/b.TXT", "dog/c.txt", "dog/README", "dog/.DS_Store", "cat/._x.heic", "cat/._x.png"):
         (root / "train" / name).write_bytes(b"")
     read_folders(root, 32)
     notice = f"notice: {root / 'train'}: 4 files with other endings (.heic, .txt, none) are not used\n"
     assert capsys.readouterr().out == notice
-    assert find_pictures(root / "train") == sorted((root / "train").rglob("*.png"))
+    assert find_pictures(root / "train") == pictures
     assert capsys.readouterr().out == notice
     assert len(find_pictures(root / "test")) == 6
     assert capsys.readouterr().out == ""

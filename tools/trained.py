@@ -91,8 +91,8 @@ def load_images(
         test_set: Whether to take the test images although the run held images out.
 
     Returns:
-        The images, normalised as in the run, and facts about those for evaluation: "split", "data" (where they come
-        from), "own" (whether they are those of the run, in its order; None where it has not seen them).
+        The images, uint8, with the run's mean and std, and facts about those for evaluation: "split", "data" (where
+        they come from), "own" (whether they are those of the run, in its order; None where it has not seen them).
 
     Raises:
         RunError: if there are none, or of other classes.
@@ -110,14 +110,14 @@ def load_images(
         raise RunError(
             f"{printable(root)}: holds neither train/ and test/ nor a folder of one of the network's classes"
         )
+    unseen = test_set and config.holdout > 0  # by the run
+    if unseen:
+        config = replace(config, holdout=0)
     data = load_data(config, trained.device)
     if data.classes != classes:
         found, expected = (printable(", ".join(names))[:300] for names in (data.classes, classes))
         raise RunError(f"{printable(root)}: its classes are {found}, the network's are {expected}")
-    own = data.fingerprint == saved["data"]
-    if test_set and config.holdout:
-        config, own = replace(config, holdout=0), None  # the run has not seen them
-        data = load_data(config, trained.device)
+    own = None if unseen else data.fingerprint == saved["data"]
     data = replace(data, mean=saved["mean"], std=saved["std"])
     return data, {"split": split_name(config), "data": data.source, "own": own}
 

@@ -104,7 +104,7 @@ class ReLU6Function(torch.autograd.Function):
 
 
 class SiLUFunction(torch.autograd.Function):
-    """SiLU whose backward pass computes the sigmoid as output / input, without an exponential: see ReLU6Function.
+    """SiLU whose backward pass takes input and output: output / input is the sigmoid, without an exponential.
 
     With an output in bfloat16 the derivative is off by at most 0.4% of |1 - y|; for large y it is set to its limit, 1.
     """

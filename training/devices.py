@@ -122,7 +122,8 @@ def resolve_auto(config: Config, device: torch.device, images: int) -> Config:
     if config.precision == "auto":
         choices["precision"] = fastest_precision(device)
     if config.compile == "auto":
-        pays_back = config.epochs * images >= 200_000 and device.type != "mps"  # compiling takes that of about 120,000
+        # The time that compiling takes is won back after about 120,000 images.
+        pays_back = config.epochs * images >= 200_000 and device.type != "mps"
         choices["compile"] = "on" if pays_back and can_compile(device) else "off"
     return replace(config, **choices)
 
@@ -190,9 +191,10 @@ def drop_precompiled_headers() -> None:
 
 @contextlib.contextmanager
 def compile_cache() -> Iterator[None]:
-    """Compile with a cache that is dropped if a process died while it wrote there: damaged code is never loaded.
+    """Compile with a cache that is dropped if a process died or failed while it wrote there.
 
-    Precompiled headers are dropped with it. A user's own cache is used as it is, and PyTorch's where nothing locks.
+    So damaged code is never loaded. Precompiled headers are dropped with it. A user's own cache is used as it is, and
+    PyTorch's where nothing locks.
     """
     cache = cache_folder()
     if cache != own_cache() or " " in str(cache) or not LOCKS:

@@ -85,7 +85,7 @@ def list_pictures(folder: Path, names: list[str]) -> tuple[list[Path], np.ndarra
     found, others = [], []
     for label, name in enumerate(names):
         files = list_files(folder / name)
-        pictures = [path for path in files if path.name.lower().endswith(ENDINGS)]
+        pictures = [path for path in files if path.name.lower().endswith(ENDINGS) and path.name[:2] != "._"]  # of macOS
         if not pictures:
             raise RunError(f"{printable(folder / name)}: no picture in this folder (endings: {' '.join(ENDINGS)})")
         found += [(path, label) for path in pictures]

@@ -101,11 +101,9 @@ def resolve_settings(config: Config, data: Data, saved: dict[str, Any] | None, p
     if config.batch_size > len(data.train_images):
         print(f"notice: --batch-size {config.batch_size} is reduced to the {len(data.train_images)} training images")
         config = replace(config, batch_size=len(data.train_images))
-    if config.batch_size % processes.size or config.batch_size < 2 * processes.size:  # BN needs two images
-        raise RunError(
-            f"--batch-size {config.batch_size}: {processes.size} processes cannot share it equally, two images or more "
-            "each"
-        )
+    count = processes.world_size
+    if config.batch_size % count or config.batch_size < 2 * count:  # BN needs two images
+        raise RunError(f"--batch-size {config.batch_size}: {count} processes cannot share it, two images or more each")
     for key in ("precision", "compile"):
         if saved and getattr(config, key) == "auto":
             with checkpoint.errors_naming(config.output_dir / "checkpoint.pt"):
@@ -196,7 +194,7 @@ def train(
         previous = checkpoint.previous_of(folder.checkpoint)
         for old in (folder.summary, folder.metrics, previous, folder.checkpoint, folder.fresh):
             old.unlink(missing_ok=True)  # with --fresh; the checkpoint late: an interruption leaves a usable run
-    loss_of = make_loss(state, data, config, processes)
+    loss_fn = make_loss(state, data, config, processes)
     split, steps = report.split_name(config), len(data.train_images) // config.batch_size
     report.print_columns(split)
     with tqdm(
@@ -208,7 +206,7 @@ def train(
     ) as bar:
         for epoch in range(len(rows) + 1, config.epochs + 1):
             start = time.perf_counter()
-            loss, rate = train_epoch(state, loss_of, data, config, epoch, bar, processes)
+            loss, rate = train_epoch(state, loss_fn, data, config, epoch, bar, processes)
             speed = steps * config.batch_size / (time.perf_counter() - start)
             logits = predict(state.averaged, data.test_images, data, config, processes=processes)
             check_finite(state, logits, epoch, config.learning_rate)
@@ -230,7 +228,7 @@ def train(
 
 
 def train_epoch(
-    state: State, loss_of: Loss, data: Data, config: Config, epoch: int, bar: tqdm, processes: Processes = ALONE
+    state: State, loss_fn: Loss, data: Data, config: Config, epoch: int, bar: tqdm, processes: Processes = ALONE
 ) -> tuple[float, float]:
     """Train for one epoch (the first is 1); return its mean loss and the learning rate of Muon at its end.
 
@@ -238,7 +236,7 @@ def train_epoch(
     each takes its share of every batch. Losses stay on the device.
     """
     device, count = data.train_images.device, len(data.train_images)
-    steps, share = count // config.batch_size, config.batch_size // processes.size
+    steps, share = count // config.batch_size, config.batch_size // processes.world_size
     total = config.epochs * steps
     state.raw.train()
     drawn = draw_epoch(count, config, epoch, device)
@@ -251,7 +249,7 @@ def train_epoch(
         fraction = schedule(done, total, config.warmup)
         rate = fraction * config.learning_rate
         start = step * config.batch_size + processes.rank * share
-        loss = loss_of(*augment(data, drawn, slice(start, start + share), config))
+        loss = loss_fn(*augment(data, drawn, slice(start, start + share), config))
         loss.backward()
         processes.average([parameter.grad for parameter in state.raw.parameters()])
         for optimizer in state.optimizers:
@@ -295,24 +293,24 @@ def make_loss(state: State, data: Data, config: Config, processes: Processes = A
     device = data.train_images.device
     forward = make_forward(state.raw, data, config)
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+    def loss_fn(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(forward(images), labels, label_smoothing=config.label_smoothing)
 
     if config.compile == "on" and devices.can_compile(device):
         print("compiling the network: one to three minutes the first time, seconds after that", flush=True)
         drawn = draw_epoch(len(data.train_images), config, 1, device)
-        batch = augment(data, drawn, slice(config.batch_size // processes.size), config)
+        batch = augment(data, drawn, slice(config.batch_size // processes.world_size), config)
         with devices.compile_cache():
-            loss_of = devices.compiled(loss_of, device)
-            compile_ahead(state.raw, loss_of, batch)
-    return loss_of
+            loss_fn = devices.compiled(loss_fn, device)
+            compile_ahead(state.raw, loss_fn, batch)
+    return loss_fn
 
 
-def compile_ahead(network: nn.Module, loss_of: Loss, batch: tuple[Tensor, Tensor]) -> None:
+def compile_ahead(network: nn.Module, loss_fn: Loss, batch: tuple[Tensor, Tensor]) -> None:
     """Compute a loss and its gradients, which compiles both, and leave the network as it was."""
     statistics = list(network.train().buffers())
     before = [tensor.clone() for tensor in statistics]
-    loss_of(*batch).backward()
+    loss_fn(*batch).backward()
     torch._foreach_copy_(statistics, before)
     network.zero_grad()
 
@@ -370,9 +368,9 @@ def predict(
     logits = torch.zeros(len(images), len(data.classes), device=images.device)
     size = devices.evaluation_batch(images.device, images.shape[1])
     batches = list(zip(images.split(size), logits.split(size), strict=True))
-    for batch, result in batches[processes.rank :: processes.size]:
+    for batch, result in batches[processes.rank :: processes.world_size]:
         result.copy_(forward(batch.flip(2) if flip else batch))
-    processes.sum(logits)
+    processes.all_reduce(logits)
     return logits.cpu()
 
 

@@ -33,7 +33,7 @@ class SqueezeExcitation(nn.Module):
 
     Args:
         channels: Channels of the input and the output.
-        squeezed: Channels between the two layers, after which stand a SiLU and a sigmoid.
+        squeezed: Hidden channels; SiLU follows the first layer, sigmoid the second.
     """
 
     def __init__(self, channels: int, squeezed: int) -> None:
@@ -56,7 +56,7 @@ class EnhancedBottleneck(UniversalInvertedBottleneck):
             convolution, as a fraction of the expanded width; 0 for none.
         stochastic_depth: Probability of dropping the residual branch of one image (Huang et al., arXiv 1603.09382);
             kept branches are scaled up so that the mean stays.
-        others: As in UniversalInvertedBottleneck.
+        *args, **kwargs: As in UniversalInvertedBottleneck.
     """
 
     def __init__(self, *args: Any, squeeze_excitation: float, stochastic_depth: float, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """What each of the three ideas of the enhanced network brings: alone, and taken away from all three.
 
-    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10    # the default epochs: for a GPU
-    python -m benchmarks.ablation --seeds 3 --data-dir data/cifar10 --epochs 3 --compile on    # hours on two CPU cores
+    python -m benchmarks.ablation --seeds 3    # the default epochs: for a GPU
+    python -m benchmarks.ablation --seeds 3 --epochs 3 --compile on    # hours on two CPU cores
 
 Any other flag is one of the training's (see `python mobilenetv4_enhanced.py --help`). Each run becomes a row of
 results/ablation.csv; a run that has one is skipped, one that was interrupted resumes, so the same command resumes

@@ -71,10 +71,10 @@ def time_steps(build: Callable[..., nn.Module], config: Config, device: torch.de
         raise RuntimeError("torch.compile does not work here")
     data = random_data(steps * config.batch_size, device)
     state = common.new_state(build, {}, data, config, None)
-    loss_of = common.make_loss(state, data, config)
+    loss_fn = common.make_loss(state, data, config)
     for epoch in (1, 2):
         begun = time.perf_counter()
-        common.train_epoch(state, loss_of, data, config, epoch, tqdm(disable=True))
+        common.train_epoch(state, loss_fn, data, config, epoch, tqdm(disable=True))
         devices.synchronize(device)
     return f"{1000 * (time.perf_counter() - begun) / steps:.1f} ms a step"
 

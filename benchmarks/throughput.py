@@ -90,12 +90,12 @@ class Ours:
         self.data = random_data(options.images, device)
         build = BUILDERS[name if name in BUILDERS else options.levers]
         self.state = common.new_state(build, {}, self.data, self.config, None)
-        self.loss_of = common.make_loss(self.state, self.data, self.config)
+        self.loss_fn = common.make_loss(self.state, self.data, self.config)
         self.about = f"{self.config.precision}, compilation {self.config.compile}"
 
     def train(self) -> int:
         self.epoch += 1
-        common.train_epoch(self.state, self.loss_of, self.data, self.config, self.epoch, tqdm(disable=True))
+        common.train_epoch(self.state, self.loss_fn, self.data, self.config, self.epoch, tqdm(disable=True))
         return len(self.data.train_labels) // self.config.batch_size * self.config.batch_size
 
     def evaluate(self) -> int:
@@ -206,8 +206,9 @@ def profile(contender: Any) -> dict[str, float]:
         for child in event.cpu_children:
             add(child, inside)
 
+    on_cpu = torch.autograd.DeviceType.CPU
     for event in profiler.events():
-        if event.cpu_parent is None:
+        if event.cpu_parent is None and event.device_type == on_cpu:  # kernels are counted in the events that call them
             add(event, "other")
     total = sum(shares.values())
     return {kind: value / total for kind, value in sorted(shares.items(), key=lambda item: -item[1])}

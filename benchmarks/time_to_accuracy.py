@@ -1,7 +1,7 @@
 """Time to an accuracy: this project's networks, and airbench94, which is made for nothing else, on the same machine.
 
     pip install onnx onnxscript onnxruntime
-    python -m benchmarks.time_to_accuracy --data-dir data/cifar10 --output-dir runs/time airbench94 baseline:45
+    python -m benchmarks.time_to_accuracy --output-dir runs/time airbench94 baseline:45
 
 Each contender is trained in turn, NAME:EPOCHS by its script, with nothing else running; a run that is there already is
 resumed or only evaluated. Printed are the training time, which for ours includes compilation and the evaluation after

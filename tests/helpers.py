@@ -86,12 +86,12 @@ def train(config: Config, data: Data | None = None, epochs: int | None = None) -
     data, state, losses = data or small_data(), new_tiny(config), []
     forward = common.make_forward(state.raw, data, config)
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+    def loss_fn(images: Tensor, labels: Tensor) -> Tensor:
         losses.append(nn.functional.cross_entropy(forward(images), labels))
         return losses[-1]
 
     for epoch in range(1, (config.epochs if epochs is None else epochs) + 1):
-        common.train_epoch(state, loss_of, data, config, epoch, tqdm(disable=True))
+        common.train_epoch(state, loss_fn, data, config, epoch, tqdm(disable=True))
     return state, losses
 
 

@@ -9,7 +9,6 @@ are equal in every tensor and value but the times; what it prints is the log in 
 import argparse
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +48,10 @@ def main() -> None:
     parser.add_argument("--variant", choices=["baseline", "enhanced"], default="baseline")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
-    shutil.rmtree(options.output_dir, ignore_errors=True)
+    if options.output_dir.exists():
+        sys.exit(f"--output-dir {options.output_dir}: exists already")
+    if not (options.data_dir / "train").is_dir():
+        sys.exit(f"--data-dir {options.data_dir}: holds no train/ and test/ with class folders of CIFAR-10")
     pictures, checkpoints = options.output_dir / "pictures", []
     take_part(options.data_dir, pictures)
     moments = random.Random(options.seed)

@@ -451,6 +451,18 @@ def test_a_run_that_started_without_pretrained_weights_refuses_them(folders, tmp
     assert f"init_from was None and is now {digest}" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt"])
+def test_pretrained_weights_that_the_run_would_replace_are_refused(folders, tmp_path, name):
+    output = tmp_path / "run"
+    assert run_tiny(*flags(folders, output, 2)).returncode == 0
+    content = (output / name).read_bytes()
+    there = output / ".." / "run" / name
+    result = run_tiny(*flags(folders, output, 1), "--fresh", "--init-from", there)
+    assert result.returncode == 2
+    assert result.stderr.endswith(f"--init-from {there}: this run would replace it; choose another --output-dir\n")
+    assert (output / name).read_bytes() == content
+
+
 def test_pretrained_weights_that_are_missing_or_damaged_are_named(folders, tmp_path, pretrained):
     missing = run_tiny(*flags(folders, tmp_path / "run"), "--init-from", tmp_path / "none.pt")
     assert (missing.returncode, missing.stderr) == (1, f"error: {tmp_path / 'none.pt'}: not a file\n")

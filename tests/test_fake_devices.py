@@ -146,11 +146,11 @@ def train_and_predict(kind, build):
         state = common.new_state(build, {}, data, config, None)
         record.buffers = {storage(buffer) for buffer in state.raw.buffers()}
         record.statistics = {storage(buffer) for buffer in common.floating_buffers(state.raw)}
-        loss_of = common.make_loss(state, data, config)
+        loss_fn = common.make_loss(state, data, config)
 
         def marked_loss(images, labels):
             record.start = len(record.calls)
-            return loss_of(images, labels)
+            return loss_fn(images, labels)
 
         def marked_backward(loss):
             backward(loss)

@@ -140,12 +140,12 @@ def test_without_cutmix_the_shares_of_all_processes_are_the_batches_of_one(monke
     def batches(group: Processes) -> list[torch.Tensor]:
         state, seen = new_tiny(config), []
 
-        def loss_of(images, labels):
+        def loss_fn(images, labels):
             seen.append(torch.cat([images.flatten(1), labels[:, None]], 1))
             drawn.add(torch.rand(()).item())
             return state.raw(images.permute(0, 3, 1, 2).float()).square().mean()
 
-        common.train_epoch(state, loss_of, data, config, 1, tqdm(disable=True), group)
+        common.train_epoch(state, loss_fn, data, config, 1, tqdm(disable=True), group)
         return seen
 
     alone = batches(Processes())

@@ -317,7 +317,7 @@ def test_ctrl_c_ends_in_one_line_with_status_130_and_the_same_command_resumes(
     assert set(errors.split("\n")) == {"", INTERRUPTED}
     assert (half_done / "checkpoint.pt.tmp").exists() == saving
     result = run_script_here("baseline", *flags(pictures, half_done, EPOCHS))
-    assert f"resuming after epoch {2 if saving else 3}, bit for bit as if never interrupted" in result.stdout
+    assert f"resuming after epoch {2 if saving else 3}, bit for bit as without this interruption" in result.stdout
     assert same_results(half_done, undisturbed("baseline")[0])
 
 

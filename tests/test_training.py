@@ -105,7 +105,7 @@ def test_a_contiguous_layout_trains_the_same_network(monkeypatch):
 def test_each_step_has_its_learning_rates_and_the_averaged_weights_are_the_moving_average():
     config, data = Config(epochs=10, batch_size=5, precision="fp32", ema_horizon=0.05), small_data()  # 2 of 40 steps
     state = new_tiny(config)
-    loss_of, path, rates = common.make_loss(state, data, config), [], []
+    loss_fn, path, rates = common.make_loss(state, data, config), [], []
 
     class Steps(tqdm):  # updated after each step
         def update(self, n=1):
@@ -113,7 +113,7 @@ def test_each_step_has_its_learning_rates_and_the_averaged_weights_are_the_movin
             rates.append([{group["lr"] for group in optimizer.param_groups} for optimizer in state.optimizers])
 
     for epoch in range(1, 11):
-        common.train_epoch(state, loss_of, data, config, epoch, Steps(disable=True))
+        common.train_epoch(state, loss_fn, data, config, epoch, Steps(disable=True))
     expected = path[0]
     for step, current in enumerate(path):
         new = max(1 / 2, 10 / (10 + step))  # a shorter horizon at first
@@ -158,8 +158,8 @@ def test_compiling_leaves_the_network_as_it_was_and_gives_the_same_loss(monkeypa
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.raw.state_dict().items())
     assert all(parameter.grad is None for parameter in state.raw.parameters())
     gradients = []
-    for loss_of in (common.make_loss(state, data, ONE), compiled):
-        loss_of(data.train_images[:5], data.train_labels[:5]).backward()
+    for loss_fn in (common.make_loss(state, data, ONE), compiled):
+        loss_fn(data.train_images[:5], data.train_labels[:5]).backward()
         gradients.append([parameter.grad for parameter in state.raw.parameters()])
         state.raw.zero_grad()
     torch.testing.assert_close(*gradients)
@@ -174,12 +174,12 @@ def test_a_loss_that_is_not_finite_stops_its_epoch_with_step_and_rate(bad_step, 
     data, state, calls = small_data(), new_tiny(ONE), []
     true_loss = common.make_loss(state, data, ONE)
 
-    def loss_of(images, labels):
+    def loss_fn(images, labels):
         calls.append(None)
         return true_loss(images, labels) + (value if len(calls) == bad_step else 0)
 
     with pytest.raises(RunError, match=rf"became {value} in epoch 1, step {bad_step}, at a learning rate of about 0\."):
-        common.train_epoch(state, loss_of, data, ONE, 1, tqdm(disable=True))
+        common.train_epoch(state, loss_fn, data, ONE, 1, tqdm(disable=True))
 
 
 @pytest.mark.parametrize(("where", "weights"), [("raw", "raw weights"), ("averaged", "EMA weights")])

@@ -37,7 +37,7 @@ def collect_facts(network: nn.Module, data: Data, config: Config, processes: Pro
         "data": f"{data.source}: {len(data.train_images):,} training images, {len(data.test_images):,} for evaluation",
         "device": devices.describe(device),
         "threads": torch.get_num_threads(),
-        "processes": processes.size,
+        "processes": processes.world_size,
         "precision": config.precision,
         "compiled": config.compile == "on" and devices.can_compile(device),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
@@ -71,7 +71,7 @@ def print_header(facts: dict[str, Any], identity: dict[str, Any], config: Config
         now, then = environment(facts), saved.get("environment", {})
         changed = [f"{key} was {then.get(key)} and is now {now[key]}" for key in now if then.get(key) != now[key]]
         on_cpu = facts["device"].startswith("cpu")
-        exact = "bit for bit as if never interrupted" if on_cpu else "on this device not bit for bit"
+        exact = "bit for bit as without this interruption" if on_cpu else "on this device not bit for bit"
         if changed:
             exact = f"but not bit for bit: {'; '.join(changed)}"
         print(f"          resuming after epoch {done}, {printable(exact)}")

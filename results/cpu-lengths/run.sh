@@ -8,3 +8,5 @@ mkdir -p $results
 python mobilenetv4_$variant.py --data-dir data/cifar10 --epochs $epochs --seed $seed --output-dir runs/$run \
     >> $results/log.txt 2>&1
 cp runs/$run/metrics.csv runs/$run/summary.json $results/
+python -m benchmarks.shifts runs/$run/checkpoint.pt --data-dir data/cifar10 > $results/shifts.txt
+python -m tools.evaluate runs/$run/checkpoint.pt > $results/evaluate.txt

@@ -459,7 +459,7 @@ def test_pretrained_weights_that_the_run_would_replace_are_refused(folders, tmp_
     there = output / ".." / "run" / name
     result = run_tiny(*flags(folders, output, 1), "--fresh", "--init-from", there)
     assert result.returncode == 2
-    assert result.stderr.endswith(f"--init-from {there}: this run would replace it; choose another --output-dir\n")
+    assert result.stderr.endswith(f"--init-from {there}: in this run's own folder; choose another --output-dir\n")
     assert (output / name).read_bytes() == content
 
 

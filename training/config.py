@@ -99,7 +99,7 @@ class Config:
         if self.synthetic and (self.data_url or self.data_dir != Config.data_dir):
             raise ValueError("--synthetic draws its own images: leave out --data-dir and --data-url")
         if self.init_from and self.init_from.resolve().parent == self.output_dir.resolve():
-            raise ValueError(f"--init-from {self.init_from}: this run would replace it; choose another --output-dir")
+            raise ValueError(f"--init-from {self.init_from}: in this run's own folder; choose another --output-dir")
 
     def recipe(self) -> dict[str, Any]:
         """Return the training settings: they are saved, and compared when a run resumes."""
